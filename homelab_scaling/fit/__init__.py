@@ -1,0 +1,1 @@
+"""Laws, engine and resampling; numpy and scipy only."""

@@ -1,0 +1,1 @@
+"""Pure arithmetic: parameters, FLOPs, VRAM, time, energy, money, and the plan of a ladder."""

@@ -1,0 +1,249 @@
+"""Run folders and their records: the files that are the database.
+
+    LAB/<ladder>/runs/<run_id>/{spec.json, metrics.jsonl, events.jsonl, checkpoints/, tensorboard/, record.json}
+
+Every run writes only its own folder. record.json is the truth about how a run ended; runs.csv is derived from the records
+and can be rebuilt at any time. No row vanishes silently: what is not a point is an `Excluded` with its reason.
+"""
+
+import csv
+import dataclasses
+import fcntl
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from homelab_scaling import codec
+from homelab_scaling.errors import MachineError, SpecError
+from homelab_scaling.specs import RunSpec
+
+RunStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One finished decay: a (N, D, loss) point with everything needed to judge it. One line of runs.csv.
+
+    `flops`, `seconds`, `kwh` and `usd` are as if this row had been run alone; the `_marginal` ones sum to the bill of the
+    trunk. Unknown is None, and the record's `unknown` table says why.
+    """
+
+    row_id: str
+    """run_id@n_tokens."""
+    run_id: str
+    rung: str
+    seed: int
+    n_params: int
+    n_tokens: int
+    loss_nats: float
+    """Mean over the full validation set, nats per token."""
+    loss_se_nats: float | None
+    """Standard error over held-out documents (sampling of text, not of seeds)."""
+    bpb: float | None
+    """Bits per UTF-8 byte of the same text."""
+    flops: float
+    """Exact training FLOPs: causal attention, head included, padding excluded."""
+    flops_marginal: float
+    n_body: int
+    n_pos: int
+    n_embed: int
+    n_head: int
+    n_steps: int
+    batch_tokens: int
+    lr_peak: float
+    schedule: str
+    decayed: bool
+    """Whether the learning rate reached its final value; always true for a written row."""
+    optimizer: str
+    precision: str
+    data_id: str
+    n_tokens_unique: int
+    """Distinct training tokens seen: min(n_tokens, tokens of the corpus)."""
+    seconds: float | None
+    """Wall time as if alone, start-up, validation and checkpoints included."""
+    seconds_marginal: float | None
+    tokens_per_s: float | None
+    mfu_frac: float | None
+    kwh: float | None = None
+    kwh_marginal: float | None = None
+    usd: float | None = None
+    usd_marginal: float | None = None
+    peak_vram_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a run ran."""
+
+    device: str
+    n_processes: int
+    torch: str
+    accelerate: str
+    transformers: str
+    python: str
+    homelab_scaling: str
+    git_commit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """record.json: how a run ended and the rows it earned."""
+
+    run_id: str
+    ladder: str
+    rung: str
+    status: RunStatus
+    reason: str | None
+    """Why it is not finished, in a sentence; None when it is."""
+    science_hash: str
+    rows: tuple[Row, ...]
+    machine: Machine
+    seconds_train: float | None = None
+    seconds_validate: float | None = None
+    seconds_checkpoint: float | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Column name -> why its value is None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPoint:
+    """What the fitter eats: one row of a points table (design: points CSV)."""
+
+    n_params: int
+    n_tokens: int
+    loss_nats: float
+    row_id: str | None = None
+    run_id: str | None = None
+    seed: int | None = None
+    schedule: str | None = None
+    decayed: bool | None = None
+    data_id: str | None = None
+    n_tokens_unique: int | None = None
+    loss_se_nats: float | None = None
+    flops: float | None = None
+    n_body: int | None = None
+    n_head: int | None = None
+    n_embed: int | None = None
+    n_pos: int | None = None
+    family: str | None = None
+    bpb: float | None = None
+    usd: float | None = None
+    kwh: float | None = None
+    c_min_flops: float | None = None
+    s_min_steps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excluded:
+    """A run or row that is not a point, and why."""
+
+    row_id: str
+    reason: str
+
+
+class RunFolder:
+    """The paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec = path / "spec.json"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.record = path / "record.json"
+
+    def read_spec(self) -> RunSpec:
+        return codec.read_json(self.spec, RunSpec)
+
+    def read_record(self) -> RunRecord | None:
+        """The record, or None where the run never wrote one."""
+        return codec.read_json(self.record, RunRecord) if self.record.exists() else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second process out of this folder while the block runs; the kernel frees it if we die.
+
+        Raises:
+            MachineError: another process holds it.
+        """
+        with flock(self.path / ".lock", f"{self.path}: another process is training this run; wait for it or stop it"):
+            yield
+
+
+@contextmanager
+def flock(path: Path, message: str) -> Iterator[None]:
+    """An exclusive advisory lock on `path`, or MachineError(message) if somebody has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MachineError(message) from None
+        yield
+
+
+def run_folders(lab: Path) -> list[RunFolder]:
+    """Every run folder of a lab (LAB/<ladder>, or a folder of runs itself), in name order."""
+    runs = lab / "runs" if (lab / "runs").is_dir() else lab
+    if not runs.is_dir():
+        raise SpecError(f"{lab}: no such lab; run `homelab run LADDER` first, or name a lab's folder")
+    return [RunFolder(p) for p in sorted(runs.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
+def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
+    """Every row of every record, and what did not become one."""
+    rows: list[Row] = []
+    excluded: list[Excluded] = []
+    for folder in run_folders(lab):
+        name = folder.path.name
+        try:
+            record = folder.read_record()
+        except SpecError as error:
+            excluded.append(Excluded(row_id=name, reason=f"unreadable record: {error}"))
+            continue
+        if record is None:
+            reason = (
+                "no record.json: it has not finished" if folder.spec.exists() else "not a run folder (no spec.json)"
+            )
+            excluded.append(Excluded(row_id=name, reason=reason))
+            continue
+        rows.extend(record.rows)
+        if record.status != "finished":
+            excluded.append(Excluded(row_id=name, reason=f"{record.status}: {record.reason or 'no reason recorded'}"))
+    return rows, excluded
+
+
+def to_point(row: Row) -> LossPoint:
+    """The fitter's view of a row."""
+    names = {f.name for f in dataclasses.fields(LossPoint)} & {f.name for f in dataclasses.fields(Row)}
+    return LossPoint(**{name: getattr(row, name) for name in names})
+
+
+def read_runs(lab: Path) -> tuple[list[LossPoint], list[Excluded]]:
+    """A lab's points for the fitter, and everything that is not one with its reason."""
+    rows, excluded = read_rows(lab)
+    return [to_point(row) for row in rows], excluded
+
+
+def runs_csv(rows: list[Row]) -> str:
+    """runs.csv: one line per row, columns in the order of `Row`; unknown is an empty cell."""
+    columns = [f.name for f in dataclasses.fields(Row)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        plain = codec.to_plain(row)
+        writer.writerow(["" if plain[c] is None else plain[c] for c in columns])
+    return out.getvalue()
+
+
+def write_runs_csv(lab: Path) -> Path:
+    """Rebuilds LAB/<ladder>/runs.csv from the records."""
+    rows, _excluded = read_rows(lab)
+    path = lab / "runs.csv"
+    codec.write_text(path, runs_csv(rows))
+    return path

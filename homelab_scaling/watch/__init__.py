@@ -1,0 +1,1 @@
+"""The cards: the only room that imports pynvml."""

@@ -1,0 +1,1 @@
+"""What `accelerate launch` starts, and the shipped ladders."""

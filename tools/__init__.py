@@ -1,0 +1,1 @@
+"""One module per `homelab` verb: parse, call the library, print."""
