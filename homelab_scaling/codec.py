@@ -177,7 +177,7 @@ def _closest(key: str, known: list[str]) -> str:
 
 def read_toml(path: Path, kind: type[T]) -> T:
     """A `kind` from a TOML file, or SpecError naming file and key."""
-    return from_plain(_parse(path, lambda text: tomllib.loads(text)), kind, path.name)
+    return from_plain(_parse(path, tomllib.loads), kind, path.name)
 
 
 def read_json(path: Path, kind: type[T]) -> T:
@@ -257,7 +257,7 @@ def append_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a JSON-lines file; a torn last line (killed writer) is left out, any other torn line is an error."""
+    """Every whole line of a JSON-lines file; a torn last line (killed writer) is left out, another one is an error."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")

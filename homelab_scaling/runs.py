@@ -2,8 +2,8 @@
 
     LAB/<ladder>/runs/<run_id>/{spec.json, metrics.jsonl, events.jsonl, checkpoints/, tensorboard/, record.json}
 
-Every run writes only its own folder. record.json is the truth about how a run ended; runs.csv is derived from the records
-and can be rebuilt at any time. No row vanishes silently: what is not a point is an `Excluded` with its reason.
+Every run writes only its own folder. record.json is the truth about how a run ended; runs.csv is derived from the
+records and can be rebuilt at any time. No row vanishes silently: what is not a point is an `Excluded` with its reason.
 """
 
 import csv
@@ -27,8 +27,8 @@ RunStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 class Row:
     """One finished decay: a (N, D, loss) point with everything needed to judge it. One line of runs.csv.
 
-    `flops`, `seconds`, `kwh` and `usd` are as if this row had been run alone; the `_marginal` ones sum to the bill of the
-    trunk. Unknown is None, and the record's `unknown` table says why.
+    `flops`, `seconds`, `kwh` and `usd` are as if this row had been run alone; the `_marginal` ones sum to the bill of
+    the trunk. Unknown is None, and the record's `unknown` table says why.
     """
 
     row_id: str
