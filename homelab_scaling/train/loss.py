@@ -1,0 +1,175 @@
+"""Cross-entropy of a linear head without holding all its logits: the part of a small model that costs most.
+
+With a 50k vocabulary the head and its softmax are half to nine tenths of a step below 50M parameters, and the logits
+are the largest tensor of all. `chunked_cross_entropy` makes the gradients during the forward pass, a few rows at a time,
+so that only `chunk_rows` rows of logits ever exist and nothing is computed twice.
+
+Legend: N tokens, D width, V vocabulary (padded rows included), R rows of one chunk.
+Source: the scheme is Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024); the row count is ours, by memory.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, linear
+
+ChunkSoftmax = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def chunked_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, n_vocab: int, chunk_rows: int, *, compiled: bool = False
+) -> Tensor:
+    """Mean cross-entropy in nats (fp32 scalar) of logits = hidden @ weight.T, at most `chunk_rows` rows of them alive.
+
+    Matmuls run in the autocast dtype where autocast is on; softmax, loss and the sum of the weight's gradient are fp32.
+    One autograd node returns each gradient once, so DDP hooks fire once and a tied weight adds up. No host sync.
+
+    Args:
+        weight_VD: may end in padded rows (V >= n_vocab); their columns are masked and their gradient is exactly zero.
+        targets_N: int64 token ids below n_vocab, every one of them counted.
+        compiled: fuses the elementwise part of each chunk with torch.compile.
+
+    Raises:
+        RuntimeError: on a second backward pass through one loss, or on a gradient of its gradient.
+    """
+    if not torch.is_grad_enabled():
+        return token_losses(hidden_ND, weight_VD, targets_N, n_vocab, chunk_rows).mean()
+    softmax = _compiled_softmax_gradient() if compiled else _softmax_gradient_
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, n_vocab, chunk_rows, softmax)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def plain_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, n_vocab: int) -> Tensor:
+    """Mean cross-entropy in nats (fp32 scalar) with all logits at once; torch's autograd does the rest."""
+    bias_V = None
+    if weight_VD.shape[0] > n_vocab:  # a mask as a bias costs nothing; an in-place fill would copy the gradients
+        columns_V = torch.arange(weight_VD.shape[0], device=weight_VD.device)
+        bias_V = torch.zeros_like(columns_V, dtype=weight_VD.dtype).masked_fill(columns_V >= n_vocab, float("-inf"))
+    return cross_entropy(linear(hidden_ND, weight_VD, bias_V).float(), targets_N)
+
+
+@torch.no_grad()
+def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, n_vocab: int, chunk_rows: int) -> Tensor:
+    """Cross-entropy of each token in nats, fp32 (N,), without gradients: for validation."""
+    dtype = _matmul_dtype(hidden_ND)
+    losses = []
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        weight_DV = weight_VD.to(dtype).T
+        for hidden_RD, targets_R in _chunks(chunk_rows, hidden_ND, targets_N):
+            logits_RV = (hidden_RD.to(dtype) @ weight_DV).float()
+            logits_RV[:, n_vocab:] = float("-inf")
+            losses.append(_exponentiate_(logits_RV, targets_R)[0])
+    return torch.cat(losses)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The forward makes gradients of the summed loss; the backward only multiplies them by grad_output / N."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        n_vocab: int,
+        chunk_rows: int,
+        softmax: ChunkSoftmax,
+    ) -> Tensor:
+        dtype = _matmul_dtype(hidden_ND)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format)
+        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        losses = []
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            cast_VD = weight_VD.to(dtype)
+            buffer_RV: Tensor | None = None  # one for all chunks: on CPU fresh pages cost as much as the softmax
+            for hidden_RD, targets_R, grad_RD in _chunks(chunk_rows, hidden_ND, targets_N, grad_hidden_ND):
+                cast_RD = hidden_RD.to(dtype)
+                if buffer_RV is None:
+                    buffer_RV = torch.empty(len(cast_RD), len(cast_VD), dtype=dtype, device=cast_RD.device)
+                logits_RV = torch.mm(cast_RD, cast_VD.T, out=buffer_RV[: len(cast_RD)])
+                losses.append(softmax(logits_RV, targets_R, n_vocab))  # and logits_RV is now their gradient
+                if wants_hidden:
+                    grad_RD.copy_(logits_RV @ cast_VD)
+                if wants_weight and dtype == torch.float32:
+                    grad_weight_VD.addmm_(logits_RV.T, cast_RD)
+                elif wants_weight:
+                    grad_weight_VD.add_(logits_RV.T @ cast_RD)
+        ctx.grads = (grad_hidden_ND if wants_hidden else None, grad_weight_VD if wants_weight else None)
+        ctx.n_tokens, ctx.weight_dtype = len(targets_N), weight_VD.dtype
+        return torch.cat(losses).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "found a second backward pass through one chunked_cross_entropy, whose gradients were made in its "
+                "forward and given away; compute the loss again, or use plain_cross_entropy"
+            )
+        # handed over and scaled in place: a copy would be another V x D, and asking whether the scale is 1 a host sync
+        (grad_hidden_ND, grad_weight_VD), ctx.grads = ctx.grads, None
+        scale = grad_output / ctx.n_tokens
+        if grad_hidden_ND is not None:
+            grad_hidden_ND.mul_(scale)
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.mul_(scale).to(ctx.weight_dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None, None, None
+
+
+def _matmul_dtype(hidden_ND: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on, else the input's own."""
+    device_type = hidden_ND.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
+
+
+def _chunks(chunk_rows: int, *tensors: Tensor) -> "zip[tuple[Tensor, ...]]":
+    """Chunks of at most `chunk_rows` rows, as equal as they can be (a short last chunk wastes a compiled shape)."""
+    n_rows = len(tensors[0])
+    n_chunks = -(-n_rows // chunk_rows)
+    return zip(*(torch.split(tensor, -(-n_rows // n_chunks)) for tensor in tensors), strict=True)
+
+
+def _exponentiate_(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (R,) and softmax denominators (R, 1); leaves exp(logits - max) in the fp32 `logits_RV`, no temporaries."""
+    max_R1 = logits_RV.amax(1, keepdim=True)
+    target_R1 = logits_RV.gather(1, targets_R[:, None]) - max_R1
+    sum_R1 = logits_RV.sub_(max_R1).exp_().sum(1, keepdim=True)
+    return (sum_R1.log() - target_R1)[:, 0], sum_R1
+
+
+def _softmax_gradient_(logits_RV: Tensor, targets_R: Tensor, n_vocab: int) -> Tensor:
+    """Losses (R,) in fp32; overwrites the logits with their gradient, softmax minus one-hot."""
+    fp32_RV = logits_RV.float()
+    fp32_RV[:, n_vocab:] = float("-inf")
+    losses_R, sum_R1 = _exponentiate_(fp32_RV, targets_R)
+    fp32_RV.div_(sum_R1)
+    fp32_RV.scatter_add_(1, targets_R[:, None], torch.full_like(sum_R1, -1.0))
+    if fp32_RV is not logits_RV:
+        logits_RV.copy_(fp32_RV)
+    return losses_R
+
+
+def _softmax_gradient_fusible(logits_RV: Tensor, targets_R: Tensor, n_vocab: int) -> Tensor:
+    """The same as `_softmax_gradient_`, written so that a compiler makes one kernel of it."""
+    columns_1V = torch.arange(logits_RV.shape[1], device=logits_RV.device)[None]
+    fp32_RV = torch.where(columns_1V < n_vocab, logits_RV.float(), float("-inf"))
+    log_sum_R1 = fp32_RV.logsumexp(1, keepdim=True)
+    losses_R1 = log_sum_R1 - fp32_RV.gather(1, targets_R[:, None])
+    softmax_RV = (fp32_RV - log_sum_R1).exp()
+    logits_RV.copy_(torch.where(columns_1V == targets_R[:, None], softmax_RV - 1.0, softmax_RV))
+    return losses_R1[:, 0]
+
+
+@cache
+def _compiled_softmax_gradient() -> ChunkSoftmax:
+    return torch.compile(_softmax_gradient_fusible)
+
+
+def loss_chunk_rows(n_tokens: int, n_vocab: int) -> int:
+    """Rows of logits alive at once: 256 MiB of them in fp32, at least 512."""
+    return min(n_tokens, max(512, 2**28 // (4 * n_vocab)))
