@@ -4,7 +4,6 @@ A verb is a module of `homelab_scaling.tools` with a one-line docstring (shown b
 `Args` (its fields are the flags, its field docstrings the help) and `main(args) -> int`. Nothing else is registered.
 """
 
-import argparse
 import ast
 import contextlib
 import importlib
@@ -13,6 +12,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +26,20 @@ TOOLS = "homelab_scaling.tools"
 
 def verbs() -> dict[str, str]:
     """Every verb and what it does, read from the tools' docstrings without importing them."""
+    return {verb: _summary(path) for verb, path in _tool_files().items()}
+
+
+def _tool_files() -> dict[str, Path]:
+    """Verb -> its file; `gpu_watchdog.py` is `watchdog`, whose name TensorBoard probes and no file may carry."""
     spec = importlib.util.find_spec(TOOLS)
     folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    found = {}
-    for path in sorted(p for folder in folders for p in folder.glob("*.py") if not p.name.startswith("_")):
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[path.stem.replace("_", "-")] = doc.splitlines()[0].rstrip(".") if doc else ""
-    return found
+    files = sorted(p for folder in folders for p in folder.glob("*.py") if not p.name.startswith("_"))
+    return {path.stem.removeprefix("gpu_").replace("_", "-"): path for path in files}
+
+
+def _summary(path: Path) -> str:
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0].rstrip(".")
 
 
 def parse(kind: type[A], argv: list[str], prog: str) -> A:
@@ -45,12 +52,39 @@ def parse(kind: type[A], argv: list[str], prog: str) -> A:
 
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=argv, prog=prog)
+        with contextlib.redirect_stderr(errors), _readable_boxes(argv):
+            return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise UserError(_one_sentence(errors.getvalue(), prog)) from None
+
+
+@contextlib.contextmanager
+def _readable_boxes(argv: list[str]) -> Iterator[None]:
+    """tyro's widest box for complaints, so that few words are broken; help keeps the width it is shown at."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(argv):
+        os.environ["COLUMNS"] = "80"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+# tyro's words (left) in ours; the first group of each is the flag.
+_PLAINER = (
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 wants a whole number, found \2"),
+    (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 wants a number, found \2"),
+    (r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.", r"\2 wants one of \3, found \1"),
+    (r"Missing value for argument '(\S+)'\..*", r"\1 has no value"),
+    (r"Missing from [^:]*: ((?:--\S+ )?\S+) (.*)", r"missing \1: \2"),
+    (r"\W*\(required\)(?=.)", ";"),
+    (r" ?\(required\)", ""),
+    (r"Unrecognized options: (.*)", r"unknown: \1"),
+)
 
 
 def _one_sentence(boxed: str, prog: str) -> str:
@@ -64,25 +98,24 @@ def _one_sentence(boxed: str, prog: str) -> str:
         else:
             parts[-1].append(line)
     said = " ".join(parts[0])
-    hint = next((" ".join(p[:2]) for p in parts[1:] if p and p[0].startswith("Perhaps you meant")), "")
-    return f"{said}{'. ' + hint if hint else ''}; see `{prog} --help`"
+    for theirs, ours in _PLAINER:
+        said = re.sub(theirs, ours, said)
+    meant = next((p[1] for p in parts[1:] if len(p) > 1 and p[0].startswith("Perhaps you meant")), "")
+    hint = f"; did you mean {meant}?" if meant else f"; see `{prog} --help`"
+    return said.rstrip(". ") + hint
 
 
 def run_verb(verb: str, argv: list[str]) -> int:
     """Runs one verb and returns its exit code (see errors.py)."""
-    known = verbs()
     prog = f"homelab {verb}"
     try:
-        if verb not in known:
-            from difflib import get_close_matches
-
-            close = get_close_matches(verb, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"no verb {verb!r}; {hint}")
-        module: Any = importlib.import_module(f"{TOOLS}.{verb.replace('-', '_')}")
+        files = _tool_files()
+        if verb not in files:
+            raise UserError(f"no such verb; {_closest(verb, list(files))}")
+        module: Any = importlib.import_module(f"{TOOLS}.{files[verb].stem}")
         return int(module.main(parse(module.Args, argv, prog)))
     except HomelabError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -92,17 +125,37 @@ def run_verb(verb: str, argv: list[str]) -> int:
         return 0
 
 
+def _closest(word: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def usage() -> str:
+    """What `homelab --help` prints."""
+    listing = "\n".join(f"  {verb:<12} {what}" for verb, what in verbs().items())
+    return (
+        "usage: homelab VERB [ARGS...]\n\nOne workstation, one scaling law you can defend.\n\n"
+        f"verbs:\n{listing}\n\n`homelab VERB --help` explains one; `homelab --version` prints the version."
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `homelab`."""
-    listing = "\n".join(f"  {verb:<12} {what}" for verb, what in verbs().items())
-    parser = argparse.ArgumentParser(
-        prog="homelab",
-        description="One workstation, one scaling law you can defend.",
-        epilog=f"verbs:\n{listing}\n\n`homelab VERB --help` explains one.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"homelab {__version__}")
-    parser.add_argument("verb", help="what to do (below)")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="the verb's own arguments")
-    given = parser.parse_args(argv)
-    return run_verb(given.verb, given.args)
+    given = sys.argv[1:] if argv is None else argv
+    match given:
+        case ["-h" | "--help", *_]:
+            print(usage())
+        case ["--version", *_]:
+            print(f"homelab {__version__}")
+        case [verb, *rest] if not verb.startswith("-"):
+            return run_verb(verb, rest)
+        case [flag, *_]:
+            hint = _closest(flag, ["--help", "--version"])
+            print(f"homelab: {flag} is not an option here; {hint}", file=sys.stderr)
+            return UserError.exit_code
+        case _:
+            print("homelab: say what to do; `homelab --help` lists the verbs", file=sys.stderr)
+            return UserError.exit_code
+    return 0
