@@ -81,7 +81,7 @@ def loss_chunk_rows(n_tokens: int, n_vocab: int) -> int:
 
 
 def choose_loss_path(n_tokens_microbatch: int, n_vocab: int) -> LossPath:
-    """`chunked` when one micro-batch's fp32 logits exceed the memory budget; otherwise one chunk would hold them all."""
+    """`chunked` when one micro-batch's fp32 logits exceed the memory budget; otherwise one chunk holds them all."""
     return "chunked" if 4 * n_tokens_microbatch * pad_vocab(n_vocab) > LOSS_CHUNK_BYTES else "plain"
 
 

@@ -1,0 +1,204 @@
+"""Predicted seconds, kilowatt-hours and money of a run, each with the ground it stands on.
+
+A rate measured on this box beats every assumption; until there is one, a step is compute at an assumed share of the
+card's peak, a floor for kernel launches, and what data-parallel traffic adds. Unknown stays None and says why.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from homelab_scaling.box import Box
+from homelab_scaling.errors import SpecError
+from homelab_scaling.plan.counting import count_params, flops_per_token, pad_vocab
+from homelab_scaling.plan.peaks import find_card, peak_bf16_flops, why_no_peak
+from homelab_scaling.runs import run_folders
+from homelab_scaling.specs import ModelShape, Money, Precision
+
+# CPU, fp32, torch's own kernels: fitted to five rungs of 67k to 852k parameters (2 cores, vocabulary 2,048, batches of
+# 32 x 128), which it reproduces within 14 %.
+CPU_FLOPS_PER_CORE = 74e9
+CPU_CORE_S_PER_LOGIT = 4e-9
+CPU_S_PER_MICROSTEP = 0.017
+CPU_BF16_SPEEDUP = 2.4
+"""Of the matmuls, where the CPU has bf16 instructions (measured 2.4 at d = 256 and 512)."""
+MAX_USEFUL_CORES = 8
+CPU_START_S = 12.0
+
+GPU_MFU_WIDE = 0.45
+GPU_MFU_HALF_WIDTH = 128
+"""Assumed MFU = 0.45 d / (d + 128): narrow models wait for memory (softmax over the vocabulary), wide ones compute."""
+GPU_LAUNCH_S_PER_LAYER = 0.5e-3
+GPU_LAUNCH_S = 1e-3
+GPU_START_S = 45.0
+"""Imports, CUDA context and the first compiled step."""
+ALLREDUCE_BYTES_PER_S = 8e9
+"""Two cards without peer-to-peer on x8 slots, through host memory: 4 to 12e9 seen; `homelab ddp` measures it."""
+OVERLAP_FRAC = 0.8 * 2 / 3
+"""Share of a step's compute behind which gradient traffic hides: the backward pass, four fifths of it."""
+
+VALIDATION_COST_FRAC = 1 / 3
+"""Forward only, against forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Training speed over all ranks."""
+
+    tokens_per_s: float
+    basis: str
+    """`measured on this box ...` or `assumed ...`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRate:
+    """Tokens per second that a finished row recorded, with what it was measured on."""
+
+    shape: ModelShape
+    n_vocab: int
+    device: str
+    n_processes: int
+    precision: Precision
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power:
+    """Electrical power assumed while a run lasts."""
+
+    watts: float
+    basis: str
+
+
+def measured_rates(labs: Iterable[Path]) -> tuple[MeasuredRate, ...]:
+    """Every speed that the records of these labs hold; labs without runs and unreadable records give none."""
+    found: list[MeasuredRate] = []
+    for lab in labs:
+        if not (lab / "runs").is_dir():
+            continue
+        for folder in run_folders(lab):
+            try:
+                record, spec = folder.read_record(), folder.read_spec()
+            except SpecError:
+                continue
+            found.extend(
+                MeasuredRate(
+                    shape=spec.science.shape,
+                    n_vocab=spec.science.n_vocab,
+                    device=record.machine.device,
+                    n_processes=record.machine.n_processes,
+                    precision=spec.science.precision,
+                    tokens_per_s=row.tokens_per_s,
+                )
+                for row in (record.rows if record else ())
+                if record is not None and row.tokens_per_s
+            )
+    return tuple(found)
+
+
+def predict_rate(
+    shape: ModelShape,
+    n_vocab: int,
+    *,
+    box: Box,
+    n_processes: int,
+    microbatch_seqs: int,
+    accumulation_steps: int,
+    precision: Precision,
+    measured: Sequence[MeasuredRate] = (),
+) -> Rate | None:
+    """Tokens per second over all ranks; None where no measurement and no assumption covers the device."""
+    same = [
+        m.tokens_per_s
+        for m in measured
+        if (m.shape, m.n_vocab, m.n_processes, m.precision) == (shape, n_vocab, n_processes, precision)
+        and (m.device == box.device or (not box.on_gpu and m.device.startswith("cpu")))
+    ]
+    if same:
+        return Rate(tokens_per_s=statistics.median(same), basis=f"measured on this box ({len(same)} rows)")
+    tokens_per_rank = microbatch_seqs * accumulation_steps * shape.context_tokens
+    if not box.on_gpu:
+        compute_s = _cpu_step_s(shape, n_vocab, tokens_per_rank * n_processes, box.n_cores, precision)
+        step_s = compute_s + CPU_S_PER_MICROSTEP * accumulation_steps
+        return Rate(tokens_per_s=tokens_per_rank * n_processes / step_s, basis="assumed (CPU model of plan/cost.py)")
+    peak = peak_bf16_flops(box.device)
+    if peak is None or precision != "bf16":
+        return None
+    mfu = GPU_MFU_WIDE * shape.d_model / (shape.d_model + GPU_MFU_HALF_WIDTH)
+    compute_s = tokens_per_rank * flops_per_token(shape, n_vocab, padded=True) / (peak * mfu)
+    floor_s = accumulation_steps * (GPU_LAUNCH_S_PER_LAYER * shape.n_layer + GPU_LAUNCH_S)
+    step_s = max(compute_s, floor_s) + _traffic_s(shape, n_vocab, n_processes, compute_s)
+    return Rate(
+        tokens_per_s=tokens_per_rank * n_processes / step_s,
+        basis=f"assumed (MFU {mfu:.0%} of {peak / 1e12:.1f} TFLOP/s per card)",
+    )
+
+
+def why_no_rate(box: Box, precision: Precision) -> str:
+    """The reason to store where `predict_rate` gave None."""
+    if peak_bf16_flops(box.device) is None:
+        return f"{why_no_peak(box.device)}, so no speed can be assumed; the first run measures it"
+    return f"no speed is assumed for {precision} on a GPU; the first run measures it"
+
+
+def _cpu_step_s(shape: ModelShape, n_vocab: int, n_tokens: int, n_cores: int, precision: Precision) -> float:
+    """Matmuls at the assumed rate, softmax and cross-entropy by their logits."""
+    cores = min(n_cores, MAX_USEFUL_CORES)
+    speedup = CPU_BF16_SPEEDUP if precision == "bf16" else 1.0
+    matmul_s = n_tokens * flops_per_token(shape, n_vocab, padded=True) / (CPU_FLOPS_PER_CORE * speedup * cores)
+    return matmul_s + n_tokens * pad_vocab(n_vocab) * CPU_CORE_S_PER_LOGIT / cores
+
+
+def _traffic_s(shape: ModelShape, n_vocab: int, n_processes: int, compute_s: float) -> float:
+    """Time per step that gradient traffic adds.
+
+    A ring of n ranks moves 2 (n - 1) / n times 4 bytes per parameter. The tied embedding's gradient is ready last, so
+    its share never overlaps with the backward pass; the rest hides behind it as far as it goes.
+    """
+    if n_processes == 1:
+        return 0.0
+    params = count_params(shape, n_vocab)
+    ring_bytes = 2 * (n_processes - 1) / n_processes * 4
+    exposed = params.n_embed if shape.tied else 0
+    hidden_s = ring_bytes * (params.n_stored - exposed) / ALLREDUCE_BYTES_PER_S
+    return ring_bytes * exposed / ALLREDUCE_BYTES_PER_S + max(0.0, hidden_s - OVERLAP_FRAC * compute_s)
+
+
+def run_seconds(rate: Rate, *, n_tokens_trained: int, n_tokens_validated: int, box: Box) -> float:
+    """Wall seconds of one launch: start, training with every decay, validation; checkpoints are small beside them."""
+    start_s = GPU_START_S if box.on_gpu else CPU_START_S
+    return start_s + (n_tokens_trained + VALIDATION_COST_FRAC * n_tokens_validated) / rate.tokens_per_s
+
+
+def predict_power(box: Box, n_processes: int, stated_watts: float | None) -> Power | None:
+    """Watts while training: what the user states for the whole machine, or the cards' rated board power, or None."""
+    if stated_watts is not None:
+        return Power(watts=stated_watts, basis=f"stated: {stated_watts:g} W for the whole machine")
+    card = find_card(box.device) if box.on_gpu else None
+    if card is None:
+        return None
+    watts = card.board_watts * n_processes
+    return Power(
+        watts=watts, basis=f"rated board power, {n_processes} x {card.board_watts} W (cards only, an upper bound)"
+    )
+
+
+def why_no_power(box: Box) -> str:
+    """The reason to store where `predict_power` gave None."""
+    return f"no watts are stated for {box.device}; give --watts"
+
+
+def kwh_of(seconds: float, power: Power) -> float:
+    """Kilowatt-hours."""
+    return power.watts * seconds / 3.6e6
+
+
+def usd_of(seconds: float | None, kwh: float | None, money: Money) -> float | None:
+    """Money by the [money] table: energy plus machine time, as far as they are known; None where neither is."""
+    energy = None if kwh is None or money.usd_per_kwh is None else kwh * money.usd_per_kwh
+    machine = (
+        None if seconds is None or money.usd_per_machine_hour is None else seconds / 3600 * money.usd_per_machine_hour
+    )
+    parts = [part for part in (energy, machine) if part is not None]
+    return sum(parts) if parts else None

@@ -1,0 +1,294 @@
+"""From a ladder file to a plan: every derived number, wanted against actual, warnings, and the specs of its runs.
+
+    find_ladder -> read_ladder -> find_corpus -> plan_ladder -> Plan (plan.json)
+
+Without a corpus the plan has no runs (their identity needs the data's fingerprints) and says what it assumed.
+"""
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+from homelab_scaling import codec
+from homelab_scaling.box import Box
+from homelab_scaling.errors import SpecError
+from homelab_scaling.plan import cost
+from homelab_scaling.plan.cost import MeasuredRate
+from homelab_scaling.plan.parts import Launch, Plan, RungPlan, Totals
+from homelab_scaling.plan.rung import Given, plan_rung
+from homelab_scaling.specs import (
+    CorpusManifest,
+    ExecutionSpec,
+    Ladder,
+    RunSpec,
+    Schedule,
+    ScienceSpec,
+    make_run_id,
+)
+
+BPE_VOCAB_RANGE = range(257, 1_000_001)
+"""Room for 256 bytes and the end-of-text token, at least."""
+
+
+# ------------------------------------------------------------------------------------------------------ finding things
+
+
+def shipped_ladders() -> list[str]:
+    """Names of the ladders that come with the project."""
+    return sorted(p.stem for p in _ladder_folder().glob("*.toml"))
+
+
+def _ladder_folder() -> Path:
+    return Path(str(importlib.resources.files("homelab_scaling.recipes"))) / "ladders"
+
+
+def find_ladder(name_or_path: str | Path) -> Path:
+    """The ladder file meant: a path, or the name of a shipped one (`quickstart`, `recipes/ladders/quickstart.toml`).
+
+    Raises:
+        SpecError: neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    bare = path.parent == Path() or path.parts[-3:-1] == ("recipes", "ladders")
+    shipped = _ladder_folder() / f"{path.name.removesuffix('.toml')}.toml"
+    if bare and shipped.is_file():
+        return shipped
+    if path.is_dir():
+        raise SpecError(f"{path}: this is a folder, a ladder file is wanted")
+    raise SpecError(f"{path}: no such ladder; give a .toml file or one of {', '.join(shipped_ladders())}")
+
+
+def read_ladder(name_or_path: str | Path) -> tuple[Ladder, Path]:
+    """The ladder and the file it came from.
+
+    Raises:
+        SpecError: the file is missing or says something impossible.
+    """
+    path = find_ladder(name_or_path)
+    return codec.read_toml(path, Ladder), path
+
+
+def shards_folder(ladder: Ladder, ladder_path: Path, lab: Path) -> Path:
+    """Where this ladder's shards are or will be: `data.shards` beside the ladder file, or LAB/<ladder>/shards."""
+    if ladder.data.shards is not None:
+        return (ladder_path.parent / ladder.data.shards).resolve()
+    return lab / ladder.name / "shards"
+
+
+def find_corpus(ladder: Ladder, folder: Path) -> CorpusManifest | None:
+    """The manifest of finished shards, or None where they are still to be built.
+
+    Raises:
+        SpecError: the ladder names finished shards that are not there, or the manifest cannot be read.
+    """
+    path = folder / "manifest.json"
+    if path.exists():
+        return codec.read_json(path, CorpusManifest)
+    if ladder.data.shards is not None:
+        raise SpecError(
+            f"data.shards = {ladder.data.shards!r}, but {path} is not there; run `homelab corpus` on that folder or "
+            "remove the line to build shards from data.sources"
+        )
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def plan_ladder(
+    ladder: Ladder,
+    corpus: CorpusManifest | None,
+    box: Box,
+    *,
+    shards: str = "../../shards",
+    measured: Sequence[MeasuredRate] = (),
+    watts: float | None = None,
+    folder: Path = Path(),
+) -> Plan:
+    """Everything that follows from a ladder, a corpus and a machine.
+
+    Args:
+        corpus: None plans without data: vocabulary assumed from the tokenizer's name, no epochs, no runs.
+        shards: how the run specs name the shards' folder: absolute, or relative to a run's folder.
+        measured: speeds from earlier records; they replace assumptions.
+        watts: stated power of the whole machine under load.
+        folder: what a tokenizer's path is relative to.
+
+    Raises:
+        SpecError: the ladder cannot be run as written.
+    """
+    if watts is not None and watts <= 0:
+        raise SpecError(f"{watts:g} watts: wants the power of the machine under load, a positive number")
+    n_vocab, basis = _vocabulary(ladder, corpus, folder)
+    warnings: list[str] = []
+    given = Given(
+        ladder=ladder,
+        corpus=corpus,
+        box=box,
+        n_vocab=n_vocab,
+        val_tokens=_val_tokens(ladder, corpus),
+        measured=measured,
+        watts=watts,
+        warn=warnings.append,
+    )
+    rungs = tuple(plan_rung(given, rung) for rung in ladder.rungs)
+    warnings.extend(_across_rungs(ladder, rungs))
+    power = cost.predict_power(box, max(r.placement.n_processes for r in rungs), watts)
+    runs: tuple[RunSpec, ...] = ()
+    if corpus is not None:
+        runs = tuple(
+            _run_spec(given, corpus, rung=rung, launch=launch, seed=seed, shards=shards)
+            for rung in rungs
+            for seed in ladder.seeds
+            for launch in rung.launches
+        )
+    return Plan(
+        ladder=ladder.name,
+        question=ladder.question,
+        box=box,
+        n_vocab=n_vocab,
+        vocab_basis=basis,
+        n_train_tokens=corpus.train.n_tokens if corpus else None,
+        data_id=corpus.data_id if corpus else None,
+        val_tokens=given.val_tokens,
+        rungs=rungs,
+        totals=_totals(ladder, rungs),
+        energy_basis=power.basis if power else cost.why_no_power(box),
+        warnings=tuple(dict.fromkeys(warnings)),
+        runs=runs,
+    )
+
+
+def _vocabulary(ladder: Ladder, corpus: CorpusManifest | None, folder: Path) -> tuple[int, str]:
+    """Real vocabulary and where the number comes from."""
+    name = ladder.data.tokenizer
+    if corpus is not None:
+        if ladder.data.shards is None and Path(name).name != Path(corpus.tokenizer).name:
+            raise SpecError(
+                f"the shards were cut with tokenizer {corpus.tokenizer}, the ladder wants {name}; remove the shards or "
+                "change data.tokenizer"
+            )
+        return corpus.n_vocab, f"{corpus.tokenizer}, from the shards"
+    if name == "bytes":
+        return 257, "assumed for bytes: 256 and an end-of-text token"
+    if name == "gpt2":
+        return 50_257, "assumed for gpt2"
+    kind, _, number = name.partition(":")
+    if kind == "bpe":
+        if not number.isdecimal() or int(number) not in BPE_VOCAB_RANGE:
+            raise SpecError(f"data.tokenizer = {name!r}: bpe wants a vocabulary of 257 to 1,000,000, such as bpe:2048")
+        return int(number), f"assumed for {name}: the text is rich enough for all of it"
+    if name.endswith(".json"):
+        return _tokenizer_file_vocab(folder / name), f"read from {name}"
+    raise SpecError(f"data.tokenizer = {name!r}: wants bytes, bpe:N, gpt2 or the path of a tokenizer.json")
+
+
+def _tokenizer_file_vocab(path: Path) -> int:
+    plain = codec.read_plain_json(path)
+    try:
+        ids = [int(i) for i in plain["model"]["vocab"].values()]
+        ids += [int(token["id"]) for token in plain.get("added_tokens", [])]
+        return max(ids) + 1
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise SpecError(
+            f"{path}: not a tokenizer.json with a model.vocab table; save one with `tokenizers` or choose bpe:N"
+        ) from None
+
+
+def _val_tokens(ladder: Ladder, corpus: CorpusManifest | None) -> int:
+    """Tokens of the full validation set in whole windows; both halves of the corpus must hold at least one."""
+    context = ladder.context_tokens
+    wanted = max(1, ladder.validation.full_tokens // context)
+    if corpus is None:
+        return wanted * context
+    for half, n_tokens in (("training", corpus.train.n_tokens), ("held-out", corpus.val.n_tokens)):
+        if n_tokens < context + 1:
+            raise SpecError(
+                f"the {half} text has {n_tokens:,} tokens, one window of {context} needs {context + 1:,}; add text, "
+                "shorten context_tokens or raise data.val_frac"
+            )
+    return min(wanted, (corpus.val.n_tokens - 1) // context) * context
+
+
+def _across_rungs(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> list[str]:
+    """What is only wrong when rungs are put side by side."""
+    found = []
+    h = ladder.horizons
+    n_listed = len(h.tokens or h.tokens_per_param or h.flops or h.steps)
+    if h.mode == "nominal" and n_listed > 1:
+        found.append(
+            f"horizons.mode = nominal takes each rung's one nominal_tokens; the {n_listed} listed horizons are not run"
+        )
+    if len({r.training.precision for r in rungs}) > 1:
+        by = ", ".join(f"{r.name} {r.training.precision}" for r in rungs)
+        found.append(f"rungs differ in precision ({by}), which bends a law; set train.precision for all of them")
+    if len(rungs) < 3:
+        found.append(f"{len(rungs)} rung{'s' * (len(rungs) > 1)}: a power law in N needs at least 3 to have a residual")
+    return found
+
+
+def _totals(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> Totals:
+    def total(values: list[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    return Totals(
+        n_runs=sum(r.bill.n_runs for r in rungs),
+        n_rows=sum(len(r.training.horizons) for r in rungs) * len(ladder.seeds),
+        tokens_trained=sum(r.bill.tokens_trained for r in rungs),
+        flops=sum(r.bill.flops for r in rungs),
+        seconds=total([r.bill.seconds for r in rungs]),
+        kwh=total([r.bill.kwh for r in rungs]),
+        usd=total([r.bill.usd for r in rungs]),
+    )
+
+
+def _run_spec(
+    given: Given, corpus: CorpusManifest, *, rung: RungPlan, launch: Launch, seed: int, shards: str
+) -> RunSpec:
+    ladder, training, placement = given.ladder, rung.training, rung.placement
+    science = ScienceSpec(
+        shape=rung.size.shape,
+        n_vocab=given.n_vocab,
+        tokenizer_hash=corpus.tokenizer_hash,
+        train_fingerprint=corpus.train.fingerprint,
+        val_fingerprint=corpus.val.fingerprint,
+        horizons_tokens=launch.horizons_tokens,
+        batch_tokens_global=training.batch_tokens,
+        schedule=Schedule(
+            name=ladder.schedule.name,
+            lr_peak=training.lr_peak,
+            warmup_tokens=training.warmup_tokens,
+            decay_frac=ladder.schedule.decay_frac,
+            lr_final_frac=ladder.schedule.lr_final_frac,
+        ),
+        optim=ladder.optim,
+        precision=training.precision,
+        seed=seed,
+        val_tokens=given.val_tokens,
+    )
+    table = ladder.train
+    execution = ExecutionSpec(
+        device="cuda" if given.box.on_gpu else "cpu",
+        n_processes=placement.n_processes,
+        microbatch_seqs_per_rank=placement.microbatch_seqs_per_rank,
+        compile=table.compile,
+        loss=table.loss,
+        log_every_steps=table.log_every_steps,
+        checkpoint_every_s=table.checkpoint_every_s,
+        checkpoint_every_steps=table.checkpoint_every_steps,
+        curve_tokens=min(ladder.validation.curve_tokens, given.val_tokens),
+        curve_every_tokens=launch.curve_every_tokens,
+        predicted_s=launch.seconds,
+    )
+    return RunSpec(
+        run_id=make_run_id(rung.name, science),
+        ladder=ladder.name,
+        rung=rung.name,
+        science=science,
+        execution=execution,
+        shards=shards,
+        money=ladder.money,
+    )

@@ -1,0 +1,157 @@
+"""The parts of a plan, as frozen records: what `plan_ladder` returns and plan.json holds."""
+
+from dataclasses import dataclass, field
+
+from homelab_scaling.box import Box
+from homelab_scaling.plan.cost import Rate
+from homelab_scaling.plan.counting import ParamCount
+from homelab_scaling.plan.memory import LossPath, VramEstimate
+from homelab_scaling.specs import ModelShape, OptimizerName, Precision, RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsPerToken:
+    """Training FLOPs per token under every convention in use."""
+
+    causal: float
+    """Exact, the one used everywhere: every matmul, head included, the causal half of attention, no padding."""
+    full: float
+    """With the full attention square."""
+    causal_padded: float
+    full_padded: float
+    six_n: float
+    """6N with N total parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the model is."""
+
+    shape: ModelShape
+    n_params_wanted: int | None
+    """Where the ladder gave a target instead of a shape."""
+    n_params: int
+    params: ParamCount
+    flops_per_token: FlopsPerToken
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonPlan:
+    """One row to come: wanted and actual tokens."""
+
+    wanted_tokens: int
+    tokens: int
+    n_steps: int
+    tokens_per_param: float
+    n_epochs: float | None
+    """Passes over the training text; None without a corpus."""
+    flops: float
+    """Exact, as if run alone."""
+    flops_6nd: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What decides the result: tokens, batch, learning rate, precision."""
+
+    horizons: tuple[HorizonPlan, ...]
+    """Ascending."""
+    nominal: HorizonPlan | None
+    """The published D of this rung beside ours, where the ladder states one."""
+    batch_tokens_wanted: int
+    batch_tokens: int
+    batch_source: str
+    lr_peak: float
+    lr_source: str
+    warmup_tokens: int
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How it is executed and whether it fits."""
+
+    n_processes: int
+    microbatch_seqs_per_rank: int
+    accumulation_steps: int
+    loss_path: LossPath
+    memory: tuple[VramEstimate, ...]
+    """The ladder's optimizer first, the other one beside it."""
+    vram_bytes: dict[OptimizerName, int]
+    """Totals of `memory`."""
+    fits: bool | None
+    """Within 90 % of the card; None on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One run of one seed: a trunk with all its horizons (wsd), or one horizon (cosine)."""
+
+    horizons_tokens: tuple[int, ...]
+    tokens_trained: int
+    """Decays included."""
+    curve_every_tokens: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What the rung costs over all seeds."""
+
+    rate: Rate | None
+    n_runs: int
+    tokens_trained: int
+    flops: float
+    seconds: float | None
+    kwh: float | None
+    usd: float | None
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Field -> why it is None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungPlan:
+    """One rung, fully resolved."""
+
+    name: str
+    size: Size
+    training: Training
+    placement: Placement
+    launches: tuple[Launch, ...]
+    """Of one seed."""
+    bill: Bill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """The whole ladder."""
+
+    n_runs: int
+    n_rows: int
+    tokens_trained: int
+    flops: float
+    seconds: float | None
+    """One run after the other."""
+    kwh: float | None
+    usd: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """plan.json."""
+
+    ladder: str
+    question: str | None
+    box: Box
+    n_vocab: int
+    vocab_basis: str
+    n_train_tokens: int | None
+    """Tokens of the training text; None where there is none yet."""
+    data_id: str | None
+    val_tokens: int
+    rungs: tuple[RungPlan, ...]
+    totals: Totals
+    energy_basis: str
+    warnings: tuple[str, ...]
+    runs: tuple[RunSpec, ...]
+    """In the order of the rungs; empty without a corpus."""
