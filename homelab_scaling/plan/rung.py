@@ -143,7 +143,7 @@ def _batch(given: Given, rung: Rung, size: Size) -> tuple[int, int, str]:
     """Wanted tokens, actual tokens, source. One batch for all horizons of the rung."""
     ladder, context, ranks = given.ladder, size.shape.context_tokens, given.ladder.train.processes or 1
     wanted = rung.batch_tokens or ladder.batch.tokens
-    source = "rung" if rung.batch_tokens else "[batch]"
+    source = "rung" if rung.batch_tokens else "ladder"
     if wanted is None:
         if ladder.horizons.steps:
             raise SpecError(
