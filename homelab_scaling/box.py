@@ -1,10 +1,14 @@
 """What this machine is, as far as planning needs it, without importing torch."""
 
 import os
+import shlex
 import shutil
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from homelab_scaling.watch.gpu import Card, list_cards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,7 @@ class Box:
     computes_bf16: bool
     n_cores: int
     has_compiler: bool
-    """A C compiler and the Python headers: what torch.compile needs."""
+    """C and C++ compilers and the Python headers: what torch.compile needs."""
 
     @property
     def on_gpu(self) -> bool:
@@ -28,37 +32,51 @@ class Box:
 
 def detect_box() -> Box:
     """This machine, from NVML, /proc and the PATH."""
-    from homelab_scaling.watch.gpu import list_cards
+    return describe_box(visible_cards(list_cards()))
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = list_cards() if visible != "" else []
-    if visible:
-        wanted = [v.strip() for v in visible.split(",")]
-        cards = [c for c in cards if str(c.index) in wanted or any(w and c.uuid.startswith(w) for w in wanted)]
-    n_cores = len(os.sched_getaffinity(0))
-    if cards:
-        return Box(
-            device=cards[0].name,
-            n_gpus=len(cards),
-            vram_bytes=min(c.vram_bytes for c in cards),
-            computes_bf16=all(c.computes_bf16 for c in cards),
-            n_cores=n_cores,
-            has_compiler=has_compiler(),
-        )
+
+def describe_box(cards: Sequence[Card]) -> Box:
+    """This machine with `cards` as its GPUs."""
     return Box(
-        device="cpu",
-        n_gpus=0,
-        vram_bytes=None,
-        computes_bf16=_cpu_computes_bf16(),
-        n_cores=n_cores,
+        device=cards[0].name if cards else "cpu",
+        n_gpus=len(cards),
+        vram_bytes=min(card.vram_bytes for card in cards) if cards else None,
+        computes_bf16=all(card.computes_bf16 for card in cards) if cards else _cpu_computes_bf16(),
+        n_cores=len(os.sched_getaffinity(0)),
         has_compiler=has_compiler(),
     )
 
 
+def visible_cards(cards: Sequence[Card]) -> list[Card]:
+    """The cards that CUDA_VISIBLE_DEVICES leaves (by NVML index or the beginning of a UUID)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(cards)
+    wanted = [v.strip() for v in visible.split(",") if v.strip()]
+    return [c for c in cards if str(c.index) in wanted or any(c.uuid.startswith(w) for w in wanted)]
+
+
 def has_compiler() -> bool:
-    """A C compiler and Python.h are here."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    return compiler is not None and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    """Everything torch.compile needs from the system is here."""
+    return not missing_for_compile()
+
+
+def missing_for_compile() -> list[str]:
+    """What torch.compile would miss: Triton builds C against Python.h, Inductor on CPU builds C++ with $CXX or g++."""
+    missing = []
+    if not any(_program(c) for c in (os.environ.get("CC"), "gcc", "cc", "clang")):
+        missing.append("a C compiler")
+    if not _program(os.environ.get("CXX") or "g++"):
+        missing.append("a C++ compiler")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        missing.append("Python.h")
+    return missing
+
+
+def _program(command: str | None) -> str | None:
+    """Path of the program in a setting such as CC="ccache gcc"."""
+    words = shlex.split(command or "")
+    return shutil.which(words[0]) if words else None
 
 
 def _cpu_computes_bf16() -> bool:
