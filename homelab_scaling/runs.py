@@ -110,10 +110,14 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class LossPoint:
-    """What the fitter eats: one row of a points table (design: points CSV)."""
+    """What the fitter eats: one row of a points table (design: points CSV).
 
-    n_params: int
-    n_tokens: int
+    N and D are whole in our own rows, but published tables hold digitised, fractional ones: rounding them would move
+    the optimum in its ninth digit.
+    """
+
+    n_params: float
+    n_tokens: float
     loss_nats: float
     row_id: str | None = None
     run_id: str | None = None

@@ -1,0 +1,296 @@
+"""Points in, fitted laws out: every law with its optimum certified, its intervals drawn and its weaknesses named."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from homelab_scaling.errors import DataError, SpecError
+from homelab_scaling.fit import diagnose
+from homelab_scaling.fit.laws import LAWS, Array, Law, get_law, start_grid
+from homelab_scaling.fit.points import Count, apply_count
+from homelab_scaling.fit.resample import FEW_RUNS, Resamples, clusters, resample
+from homelab_scaling.fit.result import Draws, Estimate, FitReport, ScalingFit, draws_name
+from homelab_scaling.fit.slices import Slice, Table, slices_for, tabulate
+from homelab_scaling.fit.solve import LogSum, ObjectiveName, Optimum, parse_objective, solve
+from homelab_scaling.runs import Excluded, LossPoint
+
+N_BOOTSTRAP = 4000
+N_STARTS = {1: 96, 2: 1024}
+FEW_IN_BASIN = 0.01
+
+
+def fit_points(
+    points: Sequence[LossPoint],
+    excluded: Sequence[Excluded] = (),
+    *,
+    laws: Sequence[str] = (),
+    objective: str = "adaptive",
+    n_bootstrap: int = N_BOOTSTRAP,
+    seed: int = 0,
+    count: Count = "total",
+    source: str = "points",
+    notes: Sequence[str] = (),
+) -> FitReport:
+    """Every law in `laws` (all known ones when empty) fitted to the rows it is about.
+
+    Args:
+        points: checked points (points.read_points).
+        excluded: what was left out already, and why.
+        n_bootstrap: resamples per fit; 0 gives no intervals.
+        seed: of the resamples.
+        count: which parameters N counts.
+
+    Raises:
+        SpecError: an unknown law or objective, or a negative number of resamples.
+        DataError: fewer than two points, or a count that the rows do not support.
+    """
+    chosen = [get_law(name) for name in laws] if laws else list(LAWS.values())
+    name = parse_objective(objective)
+    if not 0 <= n_bootstrap <= 100_000:
+        raise SpecError(f"{n_bootstrap} bootstrap resamples asked for, wants 0 to 100,000")
+    if len(points) < 2:
+        raise DataError(f"{source}: {len(points)} points; a law needs at least three, so finish more rungs")
+    table = tabulate(apply_count(tuple(points), count))
+    fits: list[ScalingFit] = []
+    draws: dict[str, Draws] = {}
+    for law in chosen:
+        found = slices_for(law, table)
+        if not found:
+            fits.append(_no_slice(law, name, table, excluded))
+        for index, rows in enumerate(found):
+            if index and diagnose.too_few(law, table, rows.rows):
+                continue  # the main slice says why; its siblings need not repeat it
+            # Each fit has its own stream: adding a law must not change the others' intervals.
+            rng = np.random.default_rng([seed, *law.name.encode(), *rows.rows.tolist()[:64]])
+            one, drawn = fit_law(law, table, rows, excluded=excluded, name=name, n_bootstrap=n_bootstrap, rng=rng)
+            if drawn is not None:
+                file = draws_name(len(fits), law.name)
+                draws[file] = drawn
+                one = replace(one, draws_file=file)
+            fits.append(one)
+    said = [*notes]
+    if any("flops" in law.axes for law in chosen):
+        said.append(f"C is {table.flops_from}")
+    return FitReport(
+        source=source,
+        count=count,
+        objective=objective,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        n_points=len(points),
+        n_runs=len(set(table.run_ids)),
+        excluded=tuple(excluded),
+        fits=tuple(fits),
+        notes=tuple(said),
+        warnings=tuple(diagnose.table_warnings(table)),
+        draws=draws,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Problem:
+    """One law on one set of rows, ready for the engine."""
+
+    law: Law
+    losses: Array
+    columns: dict[str, Array]
+    centres: dict[str, float]
+    runs: NDArray[np.int64]
+    bounds: tuple[Array, Array]
+    model: LogSum
+
+
+def _pose(law: Law, table: Table, rows: Slice) -> _Problem:
+    columns = {axis: table.columns[axis][rows.rows] for axis in law.axes}
+    centres = {axis: float(np.log(values).mean()) for axis, values in columns.items()}
+    losses = table.losses[rows.rows]
+    return _Problem(
+        law=law,
+        losses=losses,
+        columns=columns,
+        centres=centres,
+        runs=clusters([table.run_ids[i] for i in rows.rows]),
+        bounds=law.bounds(losses),
+        model=LogSum(law.basis(columns, centres)),
+    )
+
+
+def fit_law(
+    law: Law,
+    table: Table,
+    rows: Slice,
+    *,
+    excluded: Sequence[Excluded],
+    name: ObjectiveName,
+    n_bootstrap: int,
+    rng: np.random.Generator,
+) -> tuple[ScalingFit, Draws | None]:
+    """One law on one set of rows, and its draws; no draws where the rows cannot carry the law."""
+    outside = np.setdiff1d(np.arange(len(table.losses)), rows.rows)
+    left_out = (*excluded, *(Excluded(row_id=table.names[i], reason=rows.outside) for i in outside))
+    fault = diagnose.too_few(law, table, rows.rows)
+    if fault is not None:
+        return _not_fitted(law, name, rows, left_out=left_out, table=table, fault=fault), None
+    problem = _pose(law, table, rows)
+    n_runs = int(problem.runs.max()) + 1
+    resolved = name
+    if name.kind == "adaptive" and n_runs < FEW_RUNS:
+        resolved = parse_objective("l2-log")  # outliers cannot be told from noise with so few runs
+    y = np.log(problem.losses)
+    starts = start_grid(law, problem.columns, problem.losses, problem.centres, N_STARTS[len(law.axes)])
+    optimum = solve(problem.model, y, starts, resolved, bounds=problem.bounds)
+    again: Resamples | None = None
+    if n_bootstrap:
+        again = resample(
+            problem.model,
+            y,
+            runs=problem.runs,
+            optimum=optimum,
+            name=resolved,
+            bounds=problem.bounds,
+            n_draws=n_bootstrap,
+            rng=rng,
+        )
+    point = law.natural(optimum.theta, problem.centres)
+    values = law.natural(again.theta, problem.centres) if again else np.zeros((0, len(law.names)))
+    drawn = Draws(names=law.names, point=point, values=values)
+    reported = _report_fit(
+        problem, rows, left_out=left_out, name=name, optimum=optimum, again=again, drawn=drawn, n_runs=n_runs
+    )
+    return reported, drawn
+
+
+def _report_fit(
+    problem: _Problem,
+    rows: Slice,
+    *,
+    left_out: tuple[Excluded, ...],
+    name: ObjectiveName,
+    optimum: Optimum,
+    again: Resamples | None,
+    drawn: Draws,
+    n_runs: int,
+) -> ScalingFit:
+    law, losses = problem.law, problem.losses
+    estimates = {p: estimate(float(drawn.point[i]), drawn.values[:, i]) for i, p in enumerate(law.names)}
+    unpinned = diagnose.unpinned_parameters(law, optimum.theta, problem.bounds, estimates, losses)
+    derived, loose = _derived(law, drawn, unpinned, float(losses.min()))
+    f, _shares = problem.model.value(optimum.theta[None])
+    residuals = np.log(losses) - f[0]
+    spread = float(((np.log(losses) - np.log(losses).mean()) ** 2).sum())
+    r2 = 1 - float((residuals**2).sum()) / spread if spread > 0 else None
+    derived["r2_log"] = Estimate(value=r2)
+    everything = Table(
+        points=(), columns=problem.columns, losses=losses, run_ids=[], flops_from=""
+    )  # the rows of this fit alone
+    warnings = diagnose.design_warnings(law, everything, np.arange(len(losses)), n_runs)
+    warnings += diagnose.fit_warnings(law, estimates, unpinned | loose)
+    if again and again.n_failed:
+        warnings.append(f"{again.n_failed} resamples did not converge and are left out of the intervals")
+    hidden = unpinned | loose
+    return ScalingFit(
+        law=law.name,
+        objective=_resolved_name(name, optimum),
+        n_points=len(losses),
+        excluded=left_out,
+        parameters={p: _hide(e) if p in unpinned else e for p, e in estimates.items()},
+        derived=derived,
+        objective_value=optimum.value,
+        gradient_norm=optimum.gradient,
+        starts_in_basin=optimum.starts_in_basin,
+        status=_status(optimum),
+        warnings=tuple(warnings),
+        draws_file=None,
+        rows=rows.words,
+        n_runs=n_runs,
+        n_starts=optimum.n_starts,
+        interval=again.method if again else "no intervals: run with --bootstrap 4000",
+        unpinned=hidden,
+        ranges={axis: (float(v.min()), float(v.max())) for axis, v in problem.columns.items()},
+        sigma_log=float(np.sqrt((residuals**2).sum() / (len(losses) - len(law.names)))),
+    )
+
+
+def _derived(
+    law: Law, drawn: Draws, unpinned: dict[str, str], lowest: float
+) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """What follows from the parameters, and which of it is not pinned down."""
+    at_point = law.derived(drawn.point)
+    at_draws = law.derived(drawn.values)
+    found, loose = {}, {}
+    for name, value in at_point.items():
+        one = estimate(float(value), at_draws[name])
+        reason = next((unpinned[e] for e in law.exponents if e in unpinned and "bound" in unpinned[e]), None)
+        if reason is None and one.ci95 is not None:
+            reason = diagnose.wide("share" if name in ("a", "b") else "exponent", one.ci95, lowest)
+        if reason is not None:
+            loose[name], one = reason, _hide(one)
+        found[name] = one
+    return found, loose
+
+
+def estimate(value: float, draws: Array) -> Estimate:
+    """A value with the standard deviation and the 2.5 % and 97.5 % points of its draws."""
+    if len(draws) < 2:
+        return Estimate(value=value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        se = float(np.std(draws))
+    low, high = (float(q) for q in np.quantile(draws, (0.025, 0.975)))
+    return Estimate(value=value, se=se if np.isfinite(se) else None, ci95=(low, high))
+
+
+def _hide(one: Estimate) -> Estimate:
+    """Keeps the interval, which says how little is known, and drops the digits."""
+    return Estimate(value=None, se=None, ci95=one.ci95)
+
+
+def _resolved_name(name: ObjectiveName, optimum: Optimum) -> str:
+    if name.kind != "adaptive":
+        return name.name
+    delta = optimum.objective.delta
+    return f"adaptive (huber:{delta:.3g})" if np.isfinite(delta) else "adaptive (l2-log: fewer than 12 runs)"
+
+
+def _status(optimum: Optimum) -> str:
+    found = f"{optimum.starts_in_basin} of {optimum.n_starts} starts reached it, scaled gradient {optimum.gradient:.0e}"
+    if not optimum.converged:
+        return f"stopped short of the optimum ({found}): use another objective, or fewer parameters"
+    if optimum.starts_in_basin < FEW_IN_BASIN * optimum.n_starts:
+        return f"converged, but the basin is small ({found}): compare with --objective l2-log before relying on it"
+    return f"converged ({found})"
+
+
+def _no_slice(law: Law, name: ObjectiveName, table: Table, excluded: Sequence[Excluded]) -> ScalingFit:
+    what = "token count is shared by three sizes" if law.axes == ("n_params",) else "size has three token counts"
+    fault = f"no {what}, which {law.title} needs; L(N, D) uses all rows, or add horizons equal for all rungs"
+    nothing = Slice(rows=np.arange(0), words="none", outside=f"no {what}")
+    return _not_fitted(law, name, nothing, left_out=tuple(excluded), table=table, fault=fault)
+
+
+def _not_fitted(
+    law: Law, name: ObjectiveName, rows: Slice, *, left_out: tuple[Excluded, ...], table: Table, fault: str
+) -> ScalingFit:
+    """A fit that says why there are no digits."""
+    return ScalingFit(
+        law=law.name,
+        objective=name.name,
+        n_points=len(rows.rows),
+        excluded=left_out,
+        parameters={p: Estimate(value=None) for p in law.names},
+        derived={},
+        objective_value=None,
+        gradient_norm=None,
+        starts_in_basin=0,
+        status=f"not fitted: {fault}",
+        warnings=(f"{law.title} is not fitted: {fault}",),
+        draws_file=None,
+        rows=rows.words,
+        n_runs=len({table.run_ids[i] for i in rows.rows}),
+        n_starts=0,
+        interval="none",
+        unpinned=dict.fromkeys(law.names, fault),
+        ranges={},
+        sigma_log=None,
+    )

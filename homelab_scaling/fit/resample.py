@@ -1,0 +1,96 @@
+"""Resamples of a fit: what else the same experiment could have measured, with the run as the unit of chance.
+
+All rows of one run are taken together: rows of one trunk share their noise, and checkpoints of one run are not repeats.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from homelab_scaling.fit.laws import Array
+from homelab_scaling.fit.solve import LogSum, ObjectiveName, Optimum, refit
+
+FEW_RUNS = 12
+"""Below this many runs a pairs bootstrap is fiction and least squares with wild cluster resamples is used instead."""
+MIN_CLUSTERS = 3
+MIN_SPARE = 0.05
+"""Smallest share of a residual direction that the fit may leave free; below it, it tells nothing of the noise."""
+WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Resamples:
+    """Optima of the resamples that converged."""
+
+    theta: Array
+    """(R, P)."""
+    method: str
+    """In words, for the report."""
+    n_failed: int
+
+
+def clusters(run_ids: list[str]) -> NDArray[np.int64]:
+    """Run ids as numbers 0 .. n_runs - 1, in order of appearance."""
+    order = {run: index for index, run in enumerate(dict.fromkeys(run_ids))}
+    return np.array([order[run] for run in run_ids], dtype=np.int64)
+
+
+def resample(
+    model: LogSum,
+    y: Array,
+    *,
+    runs: NDArray[np.int64],
+    optimum: Optimum,
+    name: ObjectiveName,
+    bounds: tuple[Array, Array],
+    n_draws: int,
+    rng: np.random.Generator,
+) -> Resamples:
+    """Refits of `n_draws` resamples.
+
+    At 12 runs or more: pairs bootstrap over runs (rows of a run together, as integer weights). Below: wild cluster
+    bootstrap with Webb's six-point weights on residuals freed of the fit's pull (the jackknife correction) and widened
+    by Student's t at n_runs - 1 degrees of freedom. With one or two runs the rows are the unit, and it says so.
+
+    Source: MacKinnon, Nielsen and Webb 2023 (jackknife-corrected wild clusters); Webb 2014 (six-point weights).
+    """
+    n_points, n_runs = len(y), int(runs.max()) + 1
+    if n_runs >= FEW_RUNS:
+        counts = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), size=n_draws)
+        found = refit(model, y, counts[:, runs].astype(np.float64), optimum, name, bounds=bounds)
+        method = f"pairs bootstrap over {n_runs} runs"
+    else:
+        units, unit = (runs, "runs") if n_runs >= MIN_CLUSTERS else (np.arange(n_points), "rows")
+        n_units = int(units.max()) + 1
+        f, shares = model.value(optimum.theta[None])
+        noise = free_residuals(y - f[0], model.jacobian(shares)[0], units) * student_widening(n_units - 1)
+        signs = rng.choice(WEBB, size=(n_draws, n_units))
+        found = refit(model, f[0] + signs[:, units] * noise, np.ones(n_points), optimum, name, bounds=bounds)
+        method = f"wild cluster bootstrap over {n_units} {unit}, jackknife-corrected, Student t"
+    good = np.isfinite(found.value) & np.isfinite(found.theta).all(axis=1)
+    return Resamples(theta=found.theta[good], method=method, n_failed=int((~good).sum()))
+
+
+def free_residuals(residuals: Array, jacobian: Array, units: NDArray[np.int64]) -> Array:
+    """Residuals as they would be had each unit not pulled the fit towards itself: (I - H_gg)^-1 r_g.
+
+    Args:
+        residuals: log loss minus its fit (n,).
+        jacobian: of the fit (n, P).
+        units: cluster of each row (n,).
+    """
+    q, _r = np.linalg.qr(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300))
+    out = np.empty_like(residuals)
+    for unit in range(int(units.max()) + 1):
+        rows = units == unit
+        spare, axes = np.linalg.eigh(np.eye(int(rows.sum())) - q[rows] @ q[rows].T)
+        out[rows] = axes @ ((axes.T @ residuals[rows]) / np.maximum(spare, MIN_SPARE))
+    return out
+
+
+def student_widening(dof: int) -> float:
+    """The 97.5 % point of Student's t over the normal one: how much wider few degrees of freedom make an interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(max(dof, 1), 0.975) / 1.959963984540054)

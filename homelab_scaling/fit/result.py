@@ -1,0 +1,144 @@
+"""What a fit is on disk: fit.json and the .npz of its draws beside it."""
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from homelab_scaling import codec
+from homelab_scaling.errors import DataError
+from homelab_scaling.fit.laws import Array
+from homelab_scaling.runs import Excluded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number and how sure it is; `value` is None where the data do not pin it down (see `unpinned`)."""
+
+    value: float | None
+    se: float | None = None
+    ci95: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingFit:
+    """One law fitted to one set of rows."""
+
+    law: str
+    objective: str
+    """As asked for, and in brackets what it resolved to."""
+    n_points: int
+    excluded: tuple[Excluded, ...]
+    """Rows this fit does not use, and why."""
+    parameters: dict[str, Estimate]
+    derived: dict[str, Estimate]
+    objective_value: float | None
+    """Sum over the points; None where nothing was fitted."""
+    gradient_norm: float | None
+    """Largest gradient component over the sum of its absolute contributions: 0 at a perfect optimum."""
+    starts_in_basin: int
+    status: str
+    warnings: tuple[str, ...]
+    draws_file: str | None
+    """Name of the .npz beside fit.json; None before it is written."""
+    rows: str
+    """In words, which rows it uses: "D = 3.00M tokens"."""
+    n_runs: int
+    n_starts: int
+    interval: str
+    """In words, how the intervals were made."""
+    unpinned: dict[str, str]
+    """Parameter or derived quantity -> why the data do not pin it down."""
+    ranges: dict[str, tuple[float, float]]
+    """Variable -> smallest and largest value among the points used; beyond them a prediction extrapolates."""
+    sigma_log: float | None
+    """Residual standard deviation of log loss, corrected for the fitted parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """fit.json: every law fitted to one table of points."""
+
+    source: str
+    """The lab or file the points came from."""
+    count: str
+    """Which parameters N counts: total, body or body+head."""
+    objective: str
+    n_bootstrap: int
+    seed: int
+    n_points: int
+    n_runs: int
+    excluded: tuple[Excluded, ...]
+    fits: tuple[ScalingFit, ...]
+    notes: tuple[str, ...]
+    """What was done to the table on the way in."""
+    warnings: tuple[str, ...]
+    """About the design as a whole; each fit has its own as well."""
+    draws: dict[str, "Draws"] = field(default_factory=dict, repr=False, compare=False)
+    """Draws file -> its content; kept apart from the JSON."""
+
+    def get(self, law: str) -> ScalingFit | None:
+        """The first (main) fit of a law."""
+        return next((fit for fit in self.fits if fit.law == law), None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draws:
+    """The optimum and every resample's, in natural parameters, so that anything derived from them has an interval."""
+
+    names: tuple[str, ...]
+    point: Array
+    """(P,)."""
+    values: Array
+    """(R, P); R is 0 without a bootstrap."""
+
+
+def draws_name(index: int, law: str) -> str:
+    return f"draws_{index:02d}_{law}.npz"
+
+
+def save_fit(report: FitReport, folder: Path) -> Path:
+    """Writes fit.json and its draws into `folder` and returns the path of fit.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draws in report.draws.items():
+        temporary = folder / f".{name}.tmp"
+        with open(temporary, "wb") as file:
+            np.savez(file, names=np.array(draws.names), point=draws.point, draws=draws.values)
+        temporary.replace(folder / name)
+    for stale in set(folder.glob("draws_*.npz")) - {folder / name for name in report.draws}:
+        stale.unlink()
+    path = folder / "fit.json"
+    codec.write_json(path, plain_report(report))
+    return path
+
+
+def plain_report(report: FitReport) -> dict[str, object]:
+    """The JSON of a report: everything but the draws."""
+    plain: dict[str, object] = codec.to_plain(
+        FitReport(**{**{k: getattr(report, k) for k in report.__dataclass_fields__}, "draws": {}})
+    )
+    del plain["draws"]
+    return plain
+
+
+def load_fit(path: Path) -> FitReport:
+    """A report from fit.json (or the folder that holds it), draws included where they are there.
+
+    Raises:
+        SpecError: fit.json is missing or says something else.
+        DataError: a draws file is damaged.
+    """
+    file = path / "fit.json" if path.is_dir() else path
+    report = codec.read_json(file, FitReport)
+    draws: dict[str, Draws] = {}
+    for fit in report.fits:
+        if fit.draws_file is None or not (beside := file.parent / fit.draws_file).exists():
+            continue
+        try:
+            with np.load(beside, allow_pickle=False) as data:
+                names = tuple(str(n) for n in data["names"])
+                draws[fit.draws_file] = Draws(names=names, point=data["point"], values=data["draws"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            raise DataError(f"{beside}: damaged draws file; run `homelab fit` again") from None
+    return FitReport(**{**{k: getattr(report, k) for k in report.__dataclass_fields__}, "draws": draws})
