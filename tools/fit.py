@@ -44,7 +44,7 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.fit.fit import fit_points
     from homelab_scaling.fit.points import Selection, parse_pairs, read_points
-    from homelab_scaling.fit.result import plain_report, save_fit
+    from homelab_scaling.fit.result import save_fit
 
     selection = Selection(
         columns=parse_pairs(args.columns, "--columns"),
@@ -66,7 +66,7 @@ def main(args: Args) -> int:
     folder = args.out or (args.source / "fit" if args.source.is_dir() else None)
     written = save_fit(report, folder) if folder else None
     if args.json:
-        print(codec.dumps(plain_report(report)))
+        print(codec.dumps(report))
     else:
         _print(report)
     if written:

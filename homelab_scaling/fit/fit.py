@@ -73,7 +73,7 @@ def fit_points(
     said = [*notes]
     if any("flops" in law.axes for law in chosen):
         said.append(f"C is {table.flops_from}")
-    return FitReport(
+    report = FitReport(
         source=source,
         count=count,
         objective=objective,
@@ -85,8 +85,9 @@ def fit_points(
         fits=tuple(fits),
         notes=tuple(said),
         warnings=tuple(diagnose.table_warnings(table)),
-        draws=draws,
     )
+    report.draws.update(draws)
+    return report
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

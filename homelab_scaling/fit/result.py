@@ -75,8 +75,8 @@ class FitReport:
     """What was done to the table on the way in."""
     warnings: tuple[str, ...]
     """About the design as a whole; each fit has its own as well."""
-    draws: dict[str, "Draws"] = field(default_factory=dict, repr=False, compare=False)
-    """Draws file -> its content; kept apart from the JSON."""
+    draws: dict[str, "Draws"] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Draws file -> its content; filled after making, and kept out of the JSON."""
 
     def get(self, law: str) -> ScalingFit | None:
         """The first (main) fit of a law."""
@@ -109,17 +109,8 @@ def save_fit(report: FitReport, folder: Path) -> Path:
     for stale in set(folder.glob("draws_*.npz")) - {folder / name for name in report.draws}:
         stale.unlink()
     path = folder / "fit.json"
-    codec.write_json(path, plain_report(report))
+    codec.write_json(path, report)
     return path
-
-
-def plain_report(report: FitReport) -> dict[str, object]:
-    """The JSON of a report: everything but the draws."""
-    plain: dict[str, object] = codec.to_plain(
-        FitReport(**{**{k: getattr(report, k) for k in report.__dataclass_fields__}, "draws": {}})
-    )
-    del plain["draws"]
-    return plain
 
 
 def load_fit(path: Path) -> FitReport:
@@ -131,14 +122,13 @@ def load_fit(path: Path) -> FitReport:
     """
     file = path / "fit.json" if path.is_dir() else path
     report = codec.read_json(file, FitReport)
-    draws: dict[str, Draws] = {}
     for fit in report.fits:
         if fit.draws_file is None or not (beside := file.parent / fit.draws_file).exists():
             continue
         try:
             with np.load(beside, allow_pickle=False) as data:
                 names = tuple(str(n) for n in data["names"])
-                draws[fit.draws_file] = Draws(names=names, point=data["point"], values=data["draws"])
+                report.draws[fit.draws_file] = Draws(names=names, point=data["point"], values=data["draws"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise DataError(f"{beside}: damaged draws file; run `homelab fit` again") from None
-    return FitReport(**{**{k: getattr(report, k) for k in report.__dataclass_fields__}, "draws": draws})
+    return report

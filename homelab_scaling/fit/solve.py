@@ -233,10 +233,9 @@ def _step(
     gradient, scale = model.gradient(shares, slope)
     held = ((theta <= bounds[0]) & (gradient > 0)) | ((theta >= bounds[1]) & (gradient < 0))
     gradient = np.where(held, 0.0, gradient)
+    norm = np.max(np.abs(gradient) / (scale + 1e-300), axis=1)
     # Where the residuals are rounding noise, noise over noise would never look balanced.
-    floor = RESIDUAL_FLOOR * weights.sum(axis=1) / max(objective.delta, 1.0) if np.isfinite(objective.delta) else 0.0
-    floor = np.maximum(floor, RESIDUAL_FLOOR * np.minimum(weights.sum(axis=1), 1.0))
-    norm = np.max(np.abs(gradient) / (scale + floor[:, None]), axis=1)
+    norm = np.where(np.abs(slope).max(axis=1) < RESIDUAL_FLOOR, 0.0, norm)
     hessian = model.hessian(shares, weights * majoriser, None)
     size = np.maximum(np.einsum("rpp->rp", hessian), 1e-14 * np.einsum("rpp->r", hessian)[:, None]) + 1e-30
     if exact.any():
