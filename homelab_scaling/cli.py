@@ -1,7 +1,8 @@
 """The `homelab` command: finds a verb's module by name, parses its flags, catches the project's errors once.
 
-A verb is a module of `homelab_scaling.tools` with a one-line docstring (shown by `homelab --help`), a frozen dataclass
-`Args` (its fields are the flags, its field docstrings the help) and `main(args) -> int`. Nothing else is registered.
+A verb is a module of `homelab_scaling.tools` with a docstring (`homelab --help` shows its first line, `homelab VERB
+--help` all of it), a frozen dataclass `Args` (its fields are the flags, its field docstrings the help) and
+`main(args) -> int`. Nothing else is registered.
 """
 
 import ast
@@ -42,8 +43,14 @@ def _summary(path: Path) -> str:
     return doc.partition("\n")[0].rstrip(".")
 
 
-def parse(kind: type[A], argv: list[str], prog: str) -> A:
+def parse(kind: type[A], argv: list[str], prog: str, description: str | None = None) -> A:
     """A `kind` from flags; every parsing fault becomes one sentence.
+
+    Args:
+        kind: the dataclass whose fields are the flags.
+        argv: the words after the verb.
+        prog: what help and errors call the command.
+        description: what help says first; None takes the docstring of `kind`.
 
     Raises:
         UserError: a flag is unknown, misspelt, missing or of the wrong type.
@@ -53,7 +60,7 @@ def parse(kind: type[A], argv: list[str], prog: str) -> A:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _readable_boxes(argv):
-            return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -113,16 +120,17 @@ def run_verb(verb: str, argv: list[str]) -> int:
         if verb not in files:
             raise UserError(f"no such verb; {_closest(verb, list(files))}")
         module: Any = importlib.import_module(f"{TOOLS}.{files[verb].stem}")
-        return int(module.main(parse(module.Args, argv, prog)))
+        try:
+            args = parse(module.Args, argv, prog, module.__doc__)
+        except SystemExit:  # --help was asked for and given
+            return 0
+        return int(module.main(args))
     except HomelabError as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `homelab fit ... | head` closed our stdout; not an error worth a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _closest(word: str, known: list[str]) -> str:
@@ -143,19 +151,28 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `homelab`."""
-    given = sys.argv[1:] if argv is None else argv
-    match given:
+    try:
+        code = _answer(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `homelab fit ... | head` closed our stdout; not an error worth a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _answer(argv: list[str]) -> int:
+    match argv:
         case ["-h" | "--help", *_]:
             print(usage())
+            return 0
         case ["--version", *_]:
             print(f"homelab {__version__}")
+            return 0
         case [verb, *rest] if not verb.startswith("-"):
             return run_verb(verb, rest)
         case [flag, *_]:
-            hint = _closest(flag, ["--help", "--version"])
-            print(f"homelab: {flag} is not an option here; {hint}", file=sys.stderr)
-            return UserError.exit_code
+            said = f"{flag} is not an option here; {_closest(flag, ['--help', '--version'])}"
         case _:
-            print("homelab: say what to do; `homelab --help` lists the verbs", file=sys.stderr)
-            return UserError.exit_code
-    return 0
+            said = "say what to do; `homelab --help` lists the verbs"
+    print(f"homelab: {said}", file=sys.stderr)
+    return UserError.exit_code

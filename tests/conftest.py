@@ -54,10 +54,7 @@ def homelab(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
     def run(*args: object) -> Said:
         capfd.readouterr()
-        try:
-            code = cli.main([str(a) for a in args])
-        except SystemExit as stop:  # --help and argparse's own errors leave this way
-            code = int(stop.code or 0)
+        code = cli.main([str(a) for a in args])
         out, err = capfd.readouterr()
         return Said(code=code, out=out, err=err)
 

@@ -1,4 +1,7 @@
-"""Says what this box is and whether it can do the job, one line per finding with its remedy."""
+"""Says what this box is and whether it can do the job, one line per finding with its remedy.
+
+ok: nothing to do. warn: it works, but. fail: mend this first (the exit code is then 2).
+"""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """One line per finding: ok, warn (it works, but) or fail (mend this first), with what to do about it."""
+    """What to look at, and how to say it."""
 
     lab: Path = Path("lab")
     """Folder that will hold the runs; its disk is looked at."""

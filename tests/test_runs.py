@@ -1,0 +1,184 @@
+"""Run folders, records and the tables derived from them."""
+
+import csv
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from homelab_scaling import codec
+from homelab_scaling.errors import MachineError, SpecError
+from homelab_scaling.runs import (
+    Excluded,
+    LossPoint,
+    Machine,
+    Row,
+    RunFolder,
+    RunRecord,
+    flock,
+    read_rows,
+    read_runs,
+    run_folders,
+    runs_csv,
+    to_point,
+    write_runs_csv,
+)
+
+ROW = Row(
+    row_id="small-s0-abc@1000",
+    run_id="small-s0-abc",
+    rung="small",
+    seed=0,
+    n_params=67_000,
+    n_tokens=1_000,
+    loss_nats=4.25,
+    loss_se_nats=0.01,
+    bpb=None,
+    flops=4.02e8,
+    flops_marginal=1e8,
+    n_body=50_000,
+    n_pos=1_000,
+    n_embed=16_000,
+    n_head=16_000,
+    n_steps=10,
+    batch_tokens=100,
+    lr_peak=0.003,
+    schedule="wsd",
+    decayed=True,
+    optimizer="adamw",
+    precision="fp32",
+    data_id="0123456789ab",
+    n_tokens_unique=1_000,
+    seconds=2.5,
+    seconds_marginal=1.5,
+    tokens_per_s=400.0,
+    mfu_frac=None,
+)
+MACHINE = Machine(
+    device="cpu",
+    n_processes=1,
+    torch="2.13.0",
+    accelerate="1.15.0",
+    transformers="5.23.0",
+    python="3.11.7",
+    homelab_scaling="0.1.0",
+)
+RECORD = RunRecord(
+    run_id="small-s0-abc",
+    ladder="quickstart",
+    rung="small",
+    status="finished",
+    reason=None,
+    science_hash="ab" * 32,
+    rows=(ROW, dataclasses.replace(ROW, row_id="small-s0-abc@2000", n_tokens=2_000, loss_nats=4.0)),
+    machine=MACHINE,
+    unknown={"mfu_frac": "no peak is known for this CPU", "bpb": "the shards never said how many bytes they hold"},
+)
+
+
+def write_record(lab: Path, name: str, record: RunRecord = RECORD) -> RunFolder:
+    folder = RunFolder(lab / "runs" / name)
+    codec.write_json(folder.record, record)
+    return folder
+
+
+def test_a_record_comes_back_as_it_was_written(lab: Path) -> None:
+    folder = write_record(lab, "small-s0-abc")
+    assert folder.read_record() == RECORD
+    assert RunFolder(lab / "runs" / "other").read_record() is None
+
+
+def test_rows_and_points_come_from_every_finished_record(lab: Path) -> None:
+    write_record(lab, "b")
+    write_record(lab, "a", dataclasses.replace(RECORD, rows=(dataclasses.replace(ROW, row_id="first"),)))
+    rows, excluded = read_rows(lab)
+    assert [row.row_id for row in rows] == ["first", "small-s0-abc@1000", "small-s0-abc@2000"]
+    assert excluded == []
+    points, _ = read_runs(lab)
+    assert [(p.n_params, p.n_tokens, p.loss_nats, p.row_id) for p in points[1:]] == [
+        (67_000, 1_000, 4.25, "small-s0-abc@1000"),
+        (67_000, 2_000, 4.0, "small-s0-abc@2000"),
+    ]
+
+
+def test_a_point_carries_every_column_the_two_share() -> None:
+    point, shared = to_point(ROW), {f.name for f in dataclasses.fields(LossPoint)} & set(codec.to_plain(ROW))
+    assert len(shared) >= 18
+    assert {name: getattr(point, name) for name in shared} == {name: getattr(ROW, name) for name in shared}
+
+
+def test_nothing_vanishes_silently(lab: Path) -> None:
+    write_record(lab, "diverged", dataclasses.replace(RECORD, status="diverged", reason="loss not finite at step 7"))
+    write_record(lab, "stopped", dataclasses.replace(RECORD, status="stopped", rows=()))
+    write_record(lab, "torn").record.write_text('{"run_id": "tor')
+    RunFolder(lab / "runs" / "started").spec.parent.mkdir()
+    RunFolder(lab / "runs" / "started").spec.write_text("{}")
+    (lab / "runs" / "notes").mkdir()
+    (lab / "runs" / ".trash").mkdir()
+    rows, excluded = read_rows(lab)
+    assert len(rows) == 2, "rows earned before a run diverged are kept"
+    assert [e.row_id for e in excluded] == ["diverged", "notes", "started", "stopped", "torn"]
+    reasons = {e.row_id: e.reason for e in excluded}
+    assert reasons["diverged"] == "diverged: loss not finite at step 7"
+    assert reasons["stopped"] == "stopped: no reason recorded"
+    assert reasons["started"].startswith("no record.json")
+    assert reasons["notes"].startswith("not a run folder")
+    assert reasons["torn"].startswith("unreadable record: ") and "record.json" in reasons["torn"]
+    assert isinstance(excluded[0], Excluded)
+
+
+def test_a_record_with_a_wrong_type_is_unreadable_and_not_trusted(lab: Path) -> None:
+    folder = write_record(lab, "edited")
+    folder.record.write_text(folder.record.read_text().replace('"n_tokens": 1000', '"n_tokens": 1000.5'))
+    rows, (excluded,) = read_rows(lab)
+    assert rows == []
+    assert "rows[0].n_tokens" in excluded.reason
+
+
+def test_a_folder_of_runs_is_a_lab_too_and_no_lab_is_an_error(lab: Path) -> None:
+    write_record(lab, "a")
+    assert [f.path.name for f in run_folders(lab / "runs")] == [f.path.name for f in run_folders(lab)] == ["a"]
+    with pytest.raises(SpecError, match="no such lab; run `homelab run LADDER` first"):
+        run_folders(lab / "elsewhere")
+
+
+def test_runs_csv_has_a_line_per_row_and_empty_cells_for_the_unknown(lab: Path) -> None:
+    write_record(lab, "a")
+    path = write_runs_csv(lab)
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    assert list(lines[0]) == [f.name for f in dataclasses.fields(Row)]
+    assert [line["n_tokens"] for line in lines] == ["1000", "2000"]
+    assert {name for name, cell in lines[0].items() if cell == ""} == {
+        name for name, value in codec.to_plain(ROW).items() if value is None
+    }
+    assert float(lines[0]["flops"]) == ROW.flops
+    path.unlink()
+    assert write_runs_csv(lab).read_text() == runs_csv(read_rows(lab)[0]), "the table can be rebuilt at any time"
+
+
+def _hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:
+    with flock(path, "taken"):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_run_folder_lets_one_process_in_and_frees_itself_when_that_dies(lab: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    folder, held = RunFolder(lab / "runs" / "a"), context.Event()
+    other = context.Process(target=_hold, args=(folder.path / ".lock", held))
+    other.start()
+    try:
+        assert held.wait(timeout=30)
+        with pytest.raises(MachineError, match="another process is training this run"), folder.lock():
+            pass
+    finally:
+        os.kill(int(other.pid or 0), signal.SIGKILL)
+        other.join()
+    with folder.lock():
+        pass
+    with folder.lock():  # and a lock given back can be taken again
+        pass
