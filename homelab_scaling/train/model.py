@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 from transformers import GPT2Config, GPT2Model
 
 from homelab_scaling.plan.counting import pad_vocab
+from homelab_scaling.plan.memory import loss_chunk_rows
 from homelab_scaling.specs import ModelShape
 from homelab_scaling.train import loss as losses
 
@@ -83,7 +84,7 @@ class LanguageModel(nn.Module):
         return normed_BTD
 
     def _chunk_rows(self, targets_N: Tensor) -> int:
-        return losses.loss_chunk_rows(len(targets_N), self.config.vocab_size)
+        return loss_chunk_rows(len(targets_N), self.config.vocab_size)
 
 
 def build_model(shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPath) -> LanguageModel:

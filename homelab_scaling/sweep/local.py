@@ -1,0 +1,189 @@
+"""Launches runs on this box, one after the other, each under `accelerate launch`.
+
+A launcher turns every exit code into 1 and passes on no SIGTERM, so how a run ended is read from its record.json, and a
+request to stop goes straight to the trainer's ranks, whose pids the run's events.jsonl names.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from homelab_scaling import codec
+from homelab_scaling.box import Box
+from homelab_scaling.runs import RunFolder, RunRecord
+from homelab_scaling.specs import RunSpec
+
+Run = tuple[RunSpec, RunFolder]
+
+GIVE_UP_S = 300.0
+"""After a request to stop, how long ranks may take to write a checkpoint before the group is killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a ladder ended."""
+
+    finished: tuple[str, ...]
+    failed: dict[str, str]
+    """run_id -> why."""
+    stopped: bool
+    """A signal ended it; the rest was not started."""
+
+    @property
+    def exit_code(self) -> int:
+        return 75 if self.stopped else 1 if self.failed else 0
+
+
+def run_all(runs: list[Run], box: Box, say: Callable[[str], None]) -> Outcome:
+    """Runs everything that is not finished, in order; a failed run does not stop the others.
+
+    A diverged run is not started again: the same spec would diverge the same way.
+    """
+    finished: list[str] = []
+    failed: dict[str, str] = {}
+    with _StopRequest() as stop:
+        for number, (spec, folder) in enumerate(runs, start=1):
+            record = folder.read_record()
+            if record is None or record.status not in ("finished", "diverged"):
+                say(f"[{number}/{len(runs)}] {spec.run_id}")
+                record = launch(spec, folder, box, stop)
+            else:
+                say(f"[{number}/{len(runs)}] {spec.run_id}: {record.status} before, not repeated")
+            if record is not None and record.status == "finished":
+                finished.append(spec.run_id)
+            elif stop.asked or (record is not None and record.status == "stopped"):
+                return Outcome(finished=tuple(finished), failed=failed, stopped=True)
+            else:
+                reason = (record.reason if record else None) or "it left no record"
+                failed[spec.run_id] = reason
+                say(f"{spec.run_id}: {record.status if record else 'failed'}: {reason}")
+    return Outcome(finished=tuple(finished), failed=failed, stopped=False)
+
+
+def launch_command(spec: RunSpec, folder: RunFolder, box: Box) -> list[str]:
+    """The `accelerate launch` line of one run; every default is spelt out, so nothing depends on the user's config."""
+    ranks = spec.execution.n_processes
+    on_gpu = box.on_gpu and spec.execution.device != "cpu"
+    recipe = Path(str(_recipes())) / "pretrain.py"
+    # --multi_gpu also starts several CPU ranks; `--cpu --num_processes 2` would silently start one process.
+    mode = ["--multi_gpu"] if ranks > 1 else [] if on_gpu else ["--cpu"]
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *mode,
+        *("--num_processes", str(ranks), "--num_machines", "1", "--machine_rank", "0"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", str(max(1, box.n_cores // ranks))),
+        *(["--main_process_port", str(_free_port())] if ranks > 1 else []),
+        *(str(recipe), "--spec", str(folder.spec)),
+    ]
+
+
+def _recipes() -> object:
+    from importlib.resources import files
+
+    return files("homelab_scaling.recipes")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class _StopRequest:
+    """Remembers SIGTERM and Ctrl-C while runs are launched, instead of dying from them."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.times = 0
+
+    def __enter__(self) -> "_StopRequest":
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        self.times += 1
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> RunRecord | None:
+    """Launches one run, waits for it, returns its record; a trainer that died without a word is recorded as failed."""
+    if stop.asked:
+        return folder.read_record()
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    began = time.time()
+    # Its own session: the terminal's Ctrl-C reaches us alone, and we tell the ranks.
+    process = subprocess.Popen(
+        launch_command(spec, folder, box), start_new_session=True, stdout=sys.stderr, env=environment
+    )
+    told_at: float | None = None
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+        if stop.asked and told_at is None:
+            told_at = time.monotonic()
+            _ask_to_stop(process.pid, folder, began)
+        elif told_at is not None and (stop.times > 1 or time.monotonic() - told_at > GIVE_UP_S):
+            _kill_group(process.pid, signal.SIGKILL)
+    _wait_for_ranks(process.pid, folder, began)
+    return _settled_record(spec, folder, process.returncode, stop.asked)
+
+
+def _ranks(session: int, folder: RunFolder, began: float) -> Iterator[int]:
+    """Pids of the trainer's ranks that are alive and belong to this launch."""
+    segments = [e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"]
+    for pid in segments[-1]["pids"] if segments else []:
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) == session:
+                yield pid
+
+
+def _ask_to_stop(session: int, folder: RunFolder, began: float) -> None:
+    ranks = list(_ranks(session, folder, began))
+    if not ranks:  # still importing: nothing of this segment can be lost
+        _kill_group(session, signal.SIGTERM)
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _kill_group(session: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, number)
+
+
+def _wait_for_ranks(session: int, folder: RunFolder, began: float) -> None:
+    """A launcher can die before its ranks; they still hold the run's folder and may be writing a checkpoint."""
+    deadline = time.monotonic() + GIVE_UP_S
+    while any(True for _ in _ranks(session, folder, began)):
+        if time.monotonic() > deadline:
+            _kill_group(session, signal.SIGKILL)
+            return
+        time.sleep(0.2)
+
+
+def _settled_record(spec: RunSpec, folder: RunFolder, returncode: int, asked: bool) -> RunRecord | None:
+    """The record, with a "running" that nobody is running any more put right."""
+    record = folder.read_record()
+    if record is None or record.status != "running":
+        return record
+    reason = (
+        "stopped before its first checkpoint of this launch"
+        if asked
+        else f"the trainer died (launcher exit code {returncode})"
+    )
+    settled = replace(record, status="stopped" if asked else "failed", reason=reason)
+    codec.write_json(folder.record, settled)
+    return settled

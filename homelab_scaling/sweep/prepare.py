@@ -1,0 +1,119 @@
+"""From a ladder file to run folders that are ready to launch: shards, plan.json, spec.json."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from homelab_scaling import codec
+from homelab_scaling.box import Box, detect_box
+from homelab_scaling.data.shards import build_shards, open_shards
+from homelab_scaling.errors import SpecError
+from homelab_scaling.plan.cost import measured_rates
+from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
+from homelab_scaling.plan.parts import Plan
+from homelab_scaling.runs import RunFolder, flock
+from homelab_scaling.specs import CorpusManifest, Ladder, RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A ladder, its lab LAB/<ladder>, and the box it runs on."""
+
+    ladder: Ladder
+    ladder_file: Path
+    lab: Path
+    shards: Path
+    """The lab's own folder, or the one that data.shards names."""
+    box: Box
+
+    @property
+    def shards_reference(self) -> str:
+        """What spec.json says: relative where the lab owns them, so that a lab can be moved whole."""
+        return "../../shards" if self.ladder.data.shards is None else str(self.shards)
+
+    def run(self, run_id: str) -> RunFolder:
+        return RunFolder(self.lab / "runs" / run_id)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second `homelab run` out of this experiment."""
+        with flock(self.lab / ".lock", f"{self.lab}: another `homelab run` is at work here; wait for it or stop it"):
+            yield
+
+
+def open_experiment(ladder: str, labs: Path) -> Experiment:
+    """The experiment behind a ladder file or the name of a shipped one; touches nothing."""
+    parsed, path = read_ladder(ladder)
+    lab = (labs / parsed.name).resolve()
+    shards = shards_folder(parsed, path, labs.resolve())
+    return Experiment(ladder=parsed, ladder_file=path, lab=lab, shards=shards, box=detect_box())
+
+
+def existing_corpus(experiment: Experiment) -> CorpusManifest | None:
+    """The manifest of finished shards, or None where they are still to be built."""
+    return find_corpus(experiment.ladder, experiment.shards)
+
+
+def ensure_corpus(experiment: Experiment) -> CorpusManifest:
+    """The corpus, built from the ladder's sources if it is not there yet; progress goes to stderr."""
+    data = experiment.ladder.data
+    if data.shards is not None:
+        return open_shards(experiment.shards).manifest
+    return build_shards(
+        data.sources,
+        data.tokenizer,
+        experiment.shards,
+        text_field=data.text_field,
+        val_frac=data.val_frac,
+        max_bytes=data.max_bytes,
+        progress=True,
+    )
+
+
+def make_plan(experiment: Experiment, corpus: CorpusManifest | None) -> Plan:
+    """The plan for what is known so far."""
+    return plan_ladder(
+        experiment.ladder,
+        corpus,
+        experiment.box,
+        shards=experiment.shards_reference,
+        measured=measured_rates([experiment.lab]),
+        folder=experiment.ladder_file.parent,
+    )
+
+
+def write_specs(
+    plan: Plan, experiment: Experiment, change: Callable[[RunSpec], RunSpec] = lambda spec: spec
+) -> list[tuple[RunSpec, RunFolder]]:
+    """Writes plan.json and every spec.json; a run that exists keeps its science, its execution settings are renewed."""
+    codec.write_json(experiment.lab / "plan.json", plan)
+    written = []
+    for spec in map(change, plan.runs):
+        folder = experiment.run(spec.run_id)
+        codec.write_json(folder.spec, spec)
+        written.append((spec, folder))
+    return written
+
+
+def prepare_rung(ladder: str, rung: str, labs: Path) -> list[tuple[RunSpec, RunFolder]]:
+    """Every run of one rung, its spec.json written where it is missing; for launching by hand.
+
+    Raises:
+        SpecError: no such rung, or the shards are not built yet.
+    """
+    experiment = open_experiment(ladder, labs)
+    corpus = existing_corpus(experiment)
+    if corpus is None:
+        raise SpecError(f"{experiment.shards}: no shards yet; run `homelab run {ladder} --prepare` first")
+    chosen = [spec for spec in make_plan(experiment, corpus).runs if spec.rung == rung]
+    if not chosen:
+        names = ", ".join(r.name for r in experiment.ladder.rungs)
+        raise SpecError(f"{experiment.ladder_file.name} has no rung {rung!r}; its rungs are {names}")
+    prepared = []
+    for spec in chosen:
+        folder = experiment.run(spec.run_id)
+        if not folder.spec.exists():
+            codec.write_json(folder.spec, spec)
+        prepared.append((folder.read_spec(), folder))
+    return prepared

@@ -1,0 +1,161 @@
+"""The few moments of a run that others listen to: metrics.jsonl, the trackers, the progress bar.
+
+A hook sees plain numbers at log cadence and never touches the device. Hooks run on the main process only, in order.
+"""
+
+import shutil
+import sys
+import time
+from typing import Any
+
+from homelab_scaling import codec
+from homelab_scaling.runs import Row, RunFolder
+
+Line = dict[str, Any]
+
+
+class Hooks:
+    """Every moment, doing nothing."""
+
+    def start(self, kept: list[Line], tokens: int) -> None:
+        """Before the first step; `kept` are the metrics that survive from earlier segments."""
+
+    def steps(self, lines: list[Line], rate: Line | None) -> None:
+        """After a log interval: one line per step, and the interval's rates."""
+
+    def validated(self, line: Line) -> None:
+        """After a validation."""
+
+    def row(self, row: Row) -> None:
+        """After a row is recorded."""
+
+    def end(self) -> None:
+        """Always, at the end."""
+
+
+def surviving(lines: list[Line], update: int) -> list[Line]:
+    """The metrics that a resume after `update` updates keeps: what lies past the checkpoint is computed again."""
+    return [ln for ln in lines if ln["update"] < update or (ln["kind"] != "step" and ln["update"] == update)]
+
+
+class MetricsFile(Hooks):
+    """metrics.jsonl: each step once, whatever happened in between."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.metrics
+
+    def start(self, kept: list[Line], tokens: int) -> None:
+        import json
+
+        codec.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def steps(self, lines: list[Line], rate: Line | None) -> None:
+        codec.append_jsonl(self.path, [*lines, *([rate] if rate else [])])
+
+    def validated(self, line: Line) -> None:
+        codec.append_jsonl(self.path, [line])
+
+
+class Trackers(Hooks):
+    """TensorBoard (and W&B, MLflow by flag) through Accelerate; decays are curves of their own.
+
+    TensorBoard's files are derived: a resumed segment rewrites them from the surviving metrics, so no curves overlap.
+    """
+
+    def __init__(self, accelerator: Any, folder: RunFolder, run_id: str, trackers: tuple[str, ...]) -> None:
+        self.accelerator = accelerator
+        self.folder = folder
+        self.run_id = run_id
+        self.trackers = trackers
+
+    def start(self, kept: list[Line], tokens: int) -> None:
+        if not self.trackers:
+            return
+        shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
+        kwargs = (
+            {"wandb": {"name": self.run_id, "id": self.run_id, "resume": "allow"}} if "wandb" in self.trackers else {}
+        )
+        self.accelerator.init_trackers("tensorboard", init_kwargs=kwargs)
+        for line in kept:
+            self._log(line)
+
+    def steps(self, lines: list[Line], rate: Line | None) -> None:
+        for line in [*lines, *([rate] if rate else [])]:
+            self._log(line)
+
+    def validated(self, line: Line) -> None:
+        self._log(line)
+
+    def end(self) -> None:
+        if self.trackers:
+            self.accelerator.end_training()
+
+    def _log(self, line: Line) -> None:
+        if not self.trackers:
+            return
+        curve = "train" if line["phase"] == "trunk" else line["phase"].replace("@", "-")
+        prefix = {"step": curve, "val": f"{curve}-val-{line.get('set')}", "rate": "rate"}[line["kind"]]
+        about = {"kind", "update", "phase", "step", "tokens", "set"}
+        values = {f"{prefix}/{k}": v for k, v in line.items() if k not in about and isinstance(v, int | float)}
+        self.accelerator.log(values, step=line["step"])
+
+
+class Progress(Hooks):
+    """A bar on a terminal, a line a minute elsewhere: loss, tokens/s, MFU, time left."""
+
+    EVERY_S = 60.0
+
+    def __init__(self, run_id: str, total_tokens: int) -> None:
+        self.run_id = run_id
+        self.total = total_tokens
+        self.done = 0
+        self.last = time.monotonic()
+        self.bar: Any = None
+        self.task: Any = None
+
+    def start(self, kept: list[Line], tokens: int) -> None:
+        self.done = tokens
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f} %  {task.fields[say]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(self.run_id, total=self.total, completed=tokens, say="")
+        self.bar.start()
+
+    def steps(self, lines: list[Line], rate: Line | None) -> None:
+        if rate is None or not lines:
+            return
+        self.done += rate["interval_tokens"]
+        loss = lines[-1]["loss"]
+        mfu = f"  MFU {rate['mfu']:.0%}" if rate["mfu"] is not None else ""
+        say = f"loss {loss:.3f}  {rate['tokens_per_s']:,.0f} tok/s{mfu}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, say=say)
+        elif time.monotonic() - self.last >= self.EVERY_S:
+            self.last = time.monotonic()
+            left = (self.total - self.done) / rate["tokens_per_s"] / 60
+            print(
+                f"{self.run_id}: {self.done / self.total:.0%}  {say}  about {left:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def row(self, row: Row) -> None:
+        se = f" +- {row.loss_se_nats:.4f}" if row.loss_se_nats is not None else ""
+        text = f"{row.row_id}: validation loss {row.loss_nats:.4f}{se} nats/token"
+        if self.bar is not None:
+            self.bar.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()

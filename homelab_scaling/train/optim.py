@@ -1,0 +1,153 @@
+"""AdamW, in 32 or 8 bit, whose update can be masked on the device.
+
+A non-finite gradient must never reach the weights, and finding out must not stop the device. So the update is masked
+where it happens: torch's fused AdamW takes a `found_inf` flag; bitsandbytes' 8-bit CUDA kernel leaves every weight
+alone whose gradient is NaN. That is why the 8-bit optimizer is two: the large matrices go to bitsandbytes, the token
+embedding (unstable in 8 bit, transformers#14819) and everything small keep 32-bit states in torch's AdamW.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from homelab_scaling.errors import MachineError
+from homelab_scaling.specs import Optim
+
+MIN_8BIT_ELEMENTS = 4096
+"""Below this bitsandbytes itself keeps 32-bit states."""
+
+Named = tuple[str, nn.Parameter]
+
+
+class MaskedAdamW:
+    """AdamW over a model's parameters, with decoupled decay on matrices only.
+
+    Args:
+        model: its parameters in their final place.
+        optim: names and constants.
+    """
+
+    def __init__(self, model: nn.Module, optim: Optim) -> None:
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        named = [(name, p) for p, name in self.names.items()]
+        eight = [(n, p) for n, p in named if optim.name == "adamw8bit" and _takes_8bit(n, p)]
+        in_eight = {n for n, _ in eight}
+        self.grad_clip = optim.grad_clip
+        self.on_cuda = named[0][1].is_cuda
+        self._torch = torch.optim.AdamW(
+            _groups([(n, p) for n, p in named if n not in in_eight], optim),
+            lr=0.0,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+        self._eight_bit = _eight_bit_adamw(_groups(eight, optim), optim) if eight else None
+
+    @property
+    def _optimizers(self) -> list[Any]:
+        return [self._torch] if self._eight_bit is None else [self._torch, self._eight_bit]
+
+    def clip(self) -> Tensor:
+        """Scales all gradients to at most `grad_clip` together; returns their norm before that, on the device."""
+        return torch.nn.utils.clip_grad_norm_(list(self.names), self.grad_clip)
+
+    @torch.no_grad()
+    def step(self, lr: float, finite: Tensor) -> None:
+        """One update at rate `lr`, or none at all where `finite` (a bool scalar on the device) is false."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        self._torch.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self._torch.step()
+        if self._eight_bit is not None:
+            self._step_8bit(finite)
+
+    def _step_8bit(self, finite: Tensor) -> None:
+        optimizer = self._eight_bit
+        if not self.on_cuda and not bool(finite):  # the CPU kernel has no mask, and reading the flag there is free
+            return
+        if not optimizer.initialized:
+            optimizer.check_overrides()
+            optimizer.initialized = True
+        # Optimizer8bit.step() synchronises the device after every tensor; its parts do not.
+        for g, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                if not optimizer.state[p]:
+                    optimizer.init_state(group, p, g, i)
+                if self.on_cuda:
+                    p.grad.masked_fill_(~finite, float("nan"))
+                optimizer.update_step(group, p, g, i)
+
+    def zero_grad(self) -> None:
+        for p in self.names:
+            p.grad = None
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Every state tensor and every plain counter, under "parameter name/state name"."""
+        tensors: dict[str, Tensor] = {}
+        counters: dict[str, int] = {}
+        for optimizer in self._optimizers:
+            for p, state in optimizer.state.items():
+                for key, value in state.items():
+                    name = f"{self.names[p]}/{key}"
+                    if key.startswith("qmap"):  # bitsandbytes' fixed code books, shared by all tensors
+                        continue
+                    if isinstance(value, Tensor):
+                        tensors[name] = value
+                    else:
+                        counters[name] = int(value)
+        return tensors, counters
+
+    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Puts back what `state_dict` gave; a parameter without an entry starts fresh."""
+        by_name = {name: p for p, name in self.names.items()}
+        owner = {p: o for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        for key, value in [*tensors.items(), *counters.items()]:
+            name, entry = key.rsplit("/", 1)
+            p = by_name[name]
+            owner[p].state.setdefault(p, {})[entry] = value.clone().to(p.device) if isinstance(value, Tensor) else value
+        if self._eight_bit is not None:
+            self._restore_code_books()
+
+    def _restore_code_books(self) -> None:
+        optimizer = self._eight_bit
+        if "dynamic" not in optimizer.name2qmap:
+            optimizer.fill_qmap()
+        for p, state in optimizer.state.items():
+            for key, book in (("qmap1", "dynamic"), ("qmap2", "udynamic")):
+                optimizer.name2qmap[book] = optimizer.name2qmap[book].to(p.device)
+                state[key] = optimizer.name2qmap[book]
+
+    def state_bytes(self) -> int:
+        """Memory of the optimizer's states, measured."""
+        tensors, _ = self.state_dict()
+        seen = {t.data_ptr(): t.numel() * t.element_size() for t in tensors.values()}
+        return sum(seen.values())
+
+
+def _takes_8bit(name: str, p: nn.Parameter) -> bool:
+    return p.ndim >= 2 and p.numel() >= MIN_8BIT_ELEMENTS and not name.endswith(("wte.weight", "lm_head.weight"))
+
+
+def _groups(named: list[Named], optim: Optim) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (biases, norms) do not."""
+    matrices = [p for _, p in named if p.ndim >= 2]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _eight_bit_adamw(groups: list[dict[str, Any]], optim: Optim) -> Any:
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MachineError(
+            f'bitsandbytes does not load here ({error}); install it, or set [optim] name = "adamw"'
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps)

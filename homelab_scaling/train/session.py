@@ -1,0 +1,176 @@
+"""How one process of a launch is set up: Accelerate, its guard, the device, the execution choices and their reasons."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from homelab_scaling import __version__
+from homelab_scaling.box import has_compiler
+from homelab_scaling.errors import MachineError, SpecError
+from homelab_scaling.plan.memory import choose_loss_path
+from homelab_scaling.runs import Machine
+from homelab_scaling.specs import ExecutionSpec, RunSpec
+
+MAX_COMPILE_SHARE = 0.10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What `auto` became for this segment, and why; logged in events.jsonl."""
+
+    compile: bool
+    compile_reason: str
+    loss_path: str
+    loss_reason: str
+
+
+def start_accelerator(spec: RunSpec, folder: Path) -> Any:
+    """An Accelerator that trains what the spec says, or a refusal.
+
+    Raises:
+        MachineError: the device cannot do the precision, or a tracker is not installed.
+        SpecError: the launch gave another number of processes than the spec wants.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    execution = spec.execution
+    if execution.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError('this spec wants device "cuda", but torch sees none; check the driver with `homelab doctor`')
+    on_cpu = execution.device == "cpu" or not torch.cuda.is_available()
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if spec.science.precision == "bf16" else "no",
+            log_with=[_installed(tracker) for tracker in execution.trackers] or None,
+            project_dir=folder,
+            # Gradients live in the communication buckets: 4 bytes per parameter saved (accelerate's default copies).
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        raise MachineError(f"Accelerate refuses this set-up ({error}); run `homelab doctor`") from None
+    refuse_silent_split(accelerator.num_processes, execution.n_processes, dict(os.environ))
+    return accelerator
+
+
+def refuse_silent_split(found: int, wanted: int, environ: dict[str, str]) -> None:
+    """Stops a launch that is not the one asked for.
+
+    `accelerate launch --cpu --num_processes 2` silently starts one process, and a launch of several processes that
+    Accelerate does not recognise trains the same run several times over; both would look like success.
+
+    Raises:
+        SpecError: found and wanted differ, or WORLD_SIZE says otherwise.
+    """
+    launched = int(environ.get("WORLD_SIZE", "1"))
+    if launched != found:
+        raise SpecError(
+            f"{launched} processes were launched but Accelerate trains with {found}: they would train independently; "
+            "use `accelerate launch --multi_gpu --num_processes N`"
+        )
+    if found != wanted:
+        raise SpecError(
+            f"this launch has {found} process{'es' if found > 1 else ''}, the spec wants {wanted}; launch with "
+            f"`--num_processes {wanted}{' --multi_gpu' if wanted > 1 else ''}`, or pass --processes {found}"
+        )
+
+
+def _installed(tracker: str) -> str:
+    from importlib.util import find_spec
+
+    if find_spec(tracker) is None:
+        raise MachineError(f"tracker {tracker} is not installed; pip install 'homelab_scaling[{tracker}]'")
+    return tracker
+
+
+def choose(spec: RunSpec, on_gpu: bool) -> Choices:
+    """Resolves the `auto` execution settings by their stated rules."""
+    science, execution = spec.science, spec.execution
+    compile_it, compile_reason = choose_compile(execution, science.shape.n_layer, on_gpu, has_compiler())
+    if execution.loss == "auto":
+        n_tokens = execution.microbatch_seqs_per_rank * science.shape.context_tokens
+        path = choose_loss_path(n_tokens, science.n_vocab)
+        loss_reason = "by the size of one micro-batch's logits"
+    else:
+        path, loss_reason = execution.loss, "as asked"
+    return Choices(compile=compile_it, compile_reason=compile_reason, loss_path=path, loss_reason=loss_reason)
+
+
+def first_step_s(n_layer: int, on_gpu: bool) -> float:
+    """What torch.compile costs before the first step is done, roughly (measured: 5-13 s on CPU for 4-8 layers)."""
+    return 20 + 2.0 * n_layer if on_gpu else 4 + 1.2 * n_layer
+
+
+def choose_compile(execution: ExecutionSpec, n_layer: int, on_gpu: bool, compiler_there: bool) -> tuple[bool, str]:
+    """Whether to torch.compile, and why, in words."""
+    if execution.compile != "auto":
+        return execution.compile == "on", "as asked"
+    if not compiler_there:
+        return False, "no C compiler or no Python headers (see `homelab doctor`)"
+    cost, run = first_step_s(n_layer, on_gpu), execution.predicted_s
+    if run is not None and cost > MAX_COMPILE_SHARE * run:
+        return False, f"its first step costs about {cost:.0f} s of a run of about {run:.0f} s"
+    return True, "pays for itself within this run"
+
+
+def describe_machine(device: torch.device, n_processes: int) -> Machine:
+    """This machine and these versions, for the record."""
+    from importlib.metadata import version
+
+    return Machine(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        n_processes=n_processes,
+        torch=torch.__version__,
+        accelerate=version("accelerate"),
+        transformers=version("transformers"),
+        python=sys.version.split()[0],
+        homelab_scaling=__version__,
+        git_commit=_git_commit(),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown model")
+    return f"cpu ({model}, {torch.get_num_threads()} threads)"
+
+
+def _git_commit() -> str | None:
+    import subprocess
+
+    folder = Path(__file__).resolve().parents[2]
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None
+
+
+def sum_over_ranks(vector: Tensor) -> Tensor:
+    """Adds a tensor over all ranks, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(vector)
+    return vector
+
+
+def max_over_ranks(code: int, device: torch.device) -> int:
+    """The largest of every rank's integer: how ranks agree on a command at the same step."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return code
+    tensor = torch.tensor(code, device=device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return int(tensor)

@@ -1,0 +1,95 @@
+"""Trains one run, or all runs of a rung: what `accelerate launch` starts.
+
+    accelerate launch --num_processes 2 --multi_gpu recipes/pretrain.py --spec lab/NAME/runs/RUN_ID/spec.json
+    accelerate launch recipes/pretrain.py --ladder recipes/ladders/quickstart.toml --rung 60k      (one GPU, or CPU)
+
+Launch the same line again to resume. How the run ended is `status` in its record.json, because a launcher turns every
+exit code into 1. Read homelab_scaling/train/loop.py for what happens inside.
+"""
+
+import sys
+import time
+
+STARTED = time.monotonic()
+
+from dataclasses import dataclass, replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Literal  # noqa: E402
+
+from homelab_scaling import cli, codec  # noqa: E402
+from homelab_scaling.errors import HomelabError, UserError  # noqa: E402
+from homelab_scaling.runs import RunFolder  # noqa: E402
+from homelab_scaling.specs import RunSpec  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Trains one run; everything but the science may be changed between launches of the same run."""
+
+    spec: Path | None = None
+    """spec.json of a run folder."""
+    ladder: str | None = None
+    """Ladder file (or the name of a shipped one), instead of --spec; its shards must have been built."""
+    rung: str | None = None
+    """With --ladder: which rung; all its seeds and horizons are trained one after the other."""
+    lab: Path = Path("lab")
+    """With --ladder: the folder that holds the labs."""
+    processes: int | None = None
+    """Ranks of this launch, when they differ from the plan's."""
+    microbatch: int | None = None
+    """Sequences per forward pass and rank."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to train."""
+    compile: Literal["auto", "on", "off"] | None = None
+    """torch.compile."""
+    loss: Literal["auto", "chunked", "plain"] | None = None
+    """Loss path."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] | None = None
+    """Where curves go, for example `--trackers tensorboard wandb`."""
+
+
+def specs_of(args: Args) -> list[tuple[RunSpec, RunFolder]]:
+    """The runs asked for and their folders; with --ladder, spec.json is written where it is missing."""
+    if (args.spec is None) == (args.ladder is None):
+        raise UserError("give either --spec FILE or --ladder FILE --rung NAME")
+    if args.spec is not None:
+        folder = RunFolder(args.spec.resolve().parent)
+        return [(codec.read_json(args.spec, RunSpec), folder)]
+    from homelab_scaling.sweep.prepare import prepare_rung
+
+    if args.rung is None:
+        raise UserError("--ladder wants --rung NAME too; `homelab plan LADDER` lists the names")
+    return prepare_rung(str(args.ladder), args.rung, args.lab)
+
+
+def with_overrides(spec: RunSpec, args: Args) -> RunSpec:
+    """The spec with this launch's execution settings; its science cannot change."""
+    given = {
+        "n_processes": args.processes,
+        "microbatch_seqs_per_rank": args.microbatch,
+        "device": args.device,
+        "compile": args.compile,
+        "loss": args.loss,
+        "trackers": args.trackers,
+    }
+    changed = {key: value for key, value in given.items() if value is not None}
+    return replace(spec, execution=replace(spec.execution, **changed)) if changed else spec
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of this rank; see errors.py."""
+    try:
+        args = cli.parse(Args, argv, "recipes/pretrain.py")
+        runs = [(with_overrides(spec, args), folder) for spec, folder in specs_of(args)]
+        from homelab_scaling.train.loop import train
+
+        for spec, folder in runs:
+            train(spec, folder, started=STARTED)
+    except HomelabError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""Does the whole job of a ladder: shards, plan, every rung, fit, report. Run it again after anything."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from homelab_scaling import cli, codec
+
+if TYPE_CHECKING:
+    from homelab_scaling.specs import RunSpec
+    from homelab_scaling.sweep.local import Outcome
+    from homelab_scaling.sweep.prepare import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Which ladder, where to keep it, how to watch it."""
+
+    ladder: tyro.conf.Positional[str]
+    """A ladder file, or the name of a shipped one such as quickstart."""
+    lab: Path = Path("lab")
+    """The folder that holds the labs; this one goes to LAB/<ladder's name>."""
+    prepare: bool = False
+    """Build shards, write plan.json and every spec.json, and stop there (to launch by hand)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where curves go."""
+    compile: Literal["auto", "on", "off"] | None = None
+    """torch.compile, when not as the ladder says."""
+    json: bool = False
+    """Print how it ended as one JSON document."""
+
+
+def main(args: Args) -> int:
+    from homelab_scaling.plan.show import budget_line
+    from homelab_scaling.sweep import local
+    from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, make_plan, open_experiment, write_specs
+
+    experiment = open_experiment(args.ladder, args.lab)
+    with experiment.lock():
+        _say(budget_line(make_plan(experiment, existing_corpus(experiment))))
+        corpus = ensure_corpus(experiment)
+        plan = make_plan(experiment, corpus)
+        for warning in plan.warnings:
+            _say(f"  ! {warning}")
+        runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
+        if args.prepare:
+            _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
+            return 0
+        outcome = local.run_all(runs, experiment.box, _say)
+        report = _wrap_up(experiment)
+    return _end(args, experiment, outcome, report)
+
+
+def _with_flags(spec: "RunSpec", args: Args) -> "RunSpec":
+    execution = replace(spec.execution, trackers=args.trackers, compile=args.compile or spec.execution.compile)
+    return replace(spec, execution=execution)
+
+
+def _wrap_up(experiment: "Experiment") -> Path:
+    """runs.csv, the fit and the report, from whatever has finished; also after a failure or a stop."""
+    from homelab_scaling.fit.fit import fit_points
+    from homelab_scaling.fit.result import save_fit
+    from homelab_scaling.report.page import write_report
+    from homelab_scaling.runs import read_runs, write_runs_csv
+
+    write_runs_csv(experiment.lab)
+    points, excluded = read_runs(experiment.lab)
+    if points:
+        save_fit(fit_points(points, excluded, source=experiment.ladder.name), experiment.lab / "fit")
+    return write_report(experiment.lab)
+
+
+def _end(args: Args, experiment: "Experiment", outcome: "Outcome", report: Path) -> int:
+    if outcome.stopped:
+        _say("stopped; run the same command again to go on")
+    for run_id, reason in outcome.failed.items():
+        _say(f"not finished: {run_id}: {reason}")
+    if args.json:
+        print(codec.dumps({"lab": str(experiment.lab), "report": str(report), "outcome": codec.to_plain(outcome)}))
+    else:
+        print(f"report: {report}")
+    return outcome.exit_code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main(["run", *sys.argv[1:]]))
