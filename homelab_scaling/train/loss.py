@@ -20,7 +20,11 @@ from torch.nn.functional import cross_entropy, linear
 Softmax = Callable[[Tensor, Tensor], Tensor]
 
 CPU_BLOCK_BYTES = 2 * 2**20
-"""fp32 logits worked on at a time on CPU; 2 MiB is a core's L2 (measured best of 1 to 100 MiB, and 1.8 times torch.compile)."""
+"""fp32 logits that the softmax works on at a time on CPU: one core's L2.
+
+Measured on 2 cores, V = 50,304: the best of 0.5 to 100 MiB, 1.5 times faster than all rows at once in fp32 and 3 times in
+bf16, and never slower than what torch.compile makes of the same function.
+"""
 
 
 def chunked_cross_entropy(
@@ -34,7 +38,7 @@ def chunked_cross_entropy(
     Args:
         weight_VD: may end in padded rows (V >= n_vocab); their columns are masked and their gradient is exactly zero.
         targets_N: int64 token ids below n_vocab, every one of them counted.
-        compiled: fuses the elementwise part of each chunk with torch.compile.
+        compiled: fuses the elementwise part of each chunk with torch.compile; pays on GPU, not on CPU.
 
     Raises:
         RuntimeError: on a second backward pass through one loss, or on a gradient of its gradient.

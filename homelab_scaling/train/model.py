@@ -46,22 +46,24 @@ class LanguageModel(nn.Module):
 
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Mean loss in nats per token, an fp32 scalar."""
-        hidden_ND = self._backbone(x_BT).flatten(0, 1)
-        targets_N = y_BT.flatten()
+        hidden_ND, targets_N = self._backbone(x_BT).flatten(0, 1), y_BT.flatten()
         if self.loss_path == "plain":
             return self._plain_loss(hidden_ND, self.head_weight, targets_N, self.n_vocab)
         return losses.chunked_cross_entropy(
-            hidden_ND, self.head_weight, targets_N, self.n_vocab, self._chunk_rows(targets_N), compiled=self.compiled
+            hidden_ND,
+            self.head_weight,
+            targets_N,
+            self.n_vocab,
+            loss_chunk_rows(len(targets_N), self.config.vocab_size),
+            compiled=self.compiled and not hidden_ND.is_cpu,  # on CPU the kernel's own blocks beat the compiler
         )
 
     @torch.no_grad()
     def token_losses(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Loss of every token in nats, (B, T) in fp32, without gradients."""
-        hidden_ND = self._backbone(x_BT).flatten(0, 1)
-        targets_N = y_BT.flatten()
-        return losses.token_losses(
-            hidden_ND, self.head_weight, targets_N, self.n_vocab, self._chunk_rows(targets_N)
-        ).view(y_BT.shape)
+        hidden_ND, targets_N = self._backbone(x_BT).flatten(0, 1), y_BT.flatten()
+        chunk_rows = loss_chunk_rows(len(targets_N), self.config.vocab_size)
+        return losses.token_losses(hidden_ND, self.head_weight, targets_N, self.n_vocab, chunk_rows).view(y_BT.shape)
 
     def compile_in_place(self, mode: str | None = None) -> None:
         """Compiles the blocks and the softmax; no module is wrapped, so parameter names stay as they are."""
@@ -82,9 +84,6 @@ class LanguageModel(nn.Module):
             hidden_BTD = block(hidden_BTD)
         normed_BTD: Tensor = gpt2.ln_f(hidden_BTD)
         return normed_BTD
-
-    def _chunk_rows(self, targets_N: Tensor) -> int:
-        return loss_chunk_rows(len(targets_N), self.config.vocab_size)
 
 
 def build_model(shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPath) -> LanguageModel:
