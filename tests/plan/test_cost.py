@@ -1,0 +1,142 @@
+"""Time, energy and money: what is measured wins, what is assumed is plausible, what is unknown says why."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from homelab_scaling import codec
+from homelab_scaling.box import Box
+from homelab_scaling.plan import cost
+from homelab_scaling.plan.cost import MeasuredRate, predict_power, predict_rate, usd_of
+from homelab_scaling.plan.ladder import plan_ladder, read_ladder
+from homelab_scaling.plan.peaks import box_with
+from homelab_scaling.runs import Machine, Row, RunFolder, RunRecord
+from homelab_scaling.specs import ModelShape, Money, RunSpec
+
+SMALL = ModelShape(n_layer=12, d_model=768, n_head=12, context_tokens=1024)
+
+
+def _rate(box: Box, shape: ModelShape = SMALL, **changes: object) -> cost.Rate | None:
+    usual = {"n_processes": 1, "microbatch_seqs": 16, "accumulation_steps": 1, "precision": "bf16"}
+    return predict_rate(shape, 50_257, box=box, **{**usual, **changes})  # type: ignore[arg-type]
+
+
+# A trial with plain torch code on two cores: layers, width, heads and the seconds that 3M tokens with three WSD decays
+# took, batches of 32 x 128 tokens of a 2,048-token vocabulary.
+TRIAL = [(2, 24, 2, 40), (2, 40, 2, 51), (3, 56, 2, 66), (4, 80, 2, 116), (4, 112, 2, 155)]
+
+
+@pytest.mark.parametrize(("n_layer", "d_model", "n_head", "seconds"), TRIAL)
+def test_the_cpu_model_gives_the_trial_times(cpu: Box, n_layer: int, d_model: int, n_head: int, seconds: float) -> None:
+    shape = ModelShape(n_layer=n_layer, d_model=d_model, n_head=n_head, context_tokens=128)
+    rate = predict_rate(shape, 2048, box=cpu, n_processes=1, microbatch_seqs=32, accumulation_steps=1, precision="fp32")
+    assert rate is not None
+    trained = 3_000_000 + 0.2 * (750_000 + 1_500_000)
+    assert trained / rate.tokens_per_s == pytest.approx(seconds, rel=0.15)
+
+
+def test_a_4090_comes_near_the_known_speed_of_a_124m_model() -> None:
+    rate = _rate(box_with("RTX 4090", 1))
+    assert rate is not None
+    assert rate.tokens_per_s == pytest.approx(106_000, rel=0.35), "nanoGPT, compiled"
+    assert rate.basis.startswith("assumed")
+
+
+def test_a_launch_floor_bounds_tiny_micro_batches() -> None:
+    tiny = ModelShape(n_layer=4, d_model=64, n_head=2, context_tokens=128)
+    box = box_with("RTX 4080", 1)
+    one, two = _rate(box, tiny, microbatch_seqs=1), _rate(box, tiny, microbatch_seqs=2)
+    assert one is not None and two is not None
+    assert two.tokens_per_s == pytest.approx(2 * one.tokens_per_s), (
+        "a launch-bound step takes as long with twice as much"
+    )
+
+
+def test_two_cards_pay_more_the_larger_the_batch() -> None:
+    box = box_with("RTX 4080", 2)
+
+    def efficiency(seqs: int) -> float:
+        alone, both = _rate(box, microbatch_seqs=seqs), _rate(box, microbatch_seqs=seqs, n_processes=2)
+        assert alone is not None and both is not None
+        return both.tokens_per_s / (2 * alone.tokens_per_s)
+
+    assert 0.5 < efficiency(8) < efficiency(32) < efficiency(128) < 1
+
+
+def test_no_rate_where_nothing_is_known() -> None:
+    assert _rate(dataclasses.replace(box_with("RTX 4080", 1), device="Radeon")) is None
+    assert _rate(box_with("RTX 4080", 1), precision="fp32") is None
+    assert "not in the table" in cost.why_no_rate(dataclasses.replace(box_with("RTX 4080", 1), device="Radeon"), "bf16")
+    assert "fp32" in cost.why_no_rate(box_with("RTX 4080", 1), "fp32")
+
+
+def test_a_measured_speed_replaces_the_assumption_only_where_everything_matches() -> None:
+    box = box_with("RTX 4080", 1)
+    seen = MeasuredRate(
+        shape=SMALL, n_vocab=50_257, device="RTX 4080", n_processes=1, precision="bf16", tokens_per_s=70_000.0
+    )
+    faster = dataclasses.replace(seen, tokens_per_s=80_000.0)
+    rate = _rate(box, measured=(seen, faster, faster))
+    assert rate is not None
+    assert (rate.tokens_per_s, rate.basis) == (80_000.0, "measured on this box (3 rows)")
+    for other in ({"device": "RTX 3090"}, {"n_vocab": 2048}, {"n_processes": 2}, {"precision": "fp32"}):
+        rate = _rate(box, measured=(dataclasses.replace(seen, **other),))
+        assert rate is not None
+        assert rate.basis.startswith("assumed"), other
+
+
+def _finished(spec: RunSpec, tokens_per_s: float | None) -> RunRecord:
+    row = Row(
+        row_id=f"{spec.run_id}@1", run_id=spec.run_id, rung=spec.rung, seed=0, n_params=1, n_tokens=1, loss_nats=4.0,
+        loss_se_nats=None, bpb=None, flops=1.0, flops_marginal=1.0, n_body=1, n_pos=1, n_embed=1, n_head=1, n_steps=1,
+        batch_tokens=1, lr_peak=1e-3, schedule="wsd", decayed=True, optimizer="adamw", precision="fp32", data_id="x",
+        n_tokens_unique=1, seconds=None, seconds_marginal=None, tokens_per_s=tokens_per_s, mfu_frac=None,
+    )  # fmt: skip
+    machine = Machine(
+        device="cpu (some CPU, 2 threads)", n_processes=1, torch="2", accelerate="1", transformers="5", python="3.11",
+        homelab_scaling="0",
+    )  # fmt: skip
+    return RunRecord(
+        run_id=spec.run_id, ladder=spec.ladder, rung=spec.rung, status="finished", reason=None,
+        science_hash=spec.science.hash, rows=(row,), machine=machine,
+    )  # fmt: skip
+
+
+def test_records_of_a_lab_feed_the_next_plan(lab: Path, cpu: Box, make_corpus: object) -> None:
+    ladder, _ = read_ladder("quickstart")
+    corpus = make_corpus()  # type: ignore[operator]
+    first = plan_ladder(ladder, corpus, cpu)
+    assert first.rungs[0].bill.rate is not None
+    assert first.rungs[0].bill.rate.basis.startswith("assumed")
+    for spec, speed in zip(first.runs[:2], (12_345.0, None), strict=True):
+        folder = RunFolder(lab / ladder.name / "runs" / spec.run_id)
+        codec.write_json(folder.spec, spec)
+        codec.write_json(folder.record, _finished(spec, speed))
+    (lab / ladder.name / "runs" / "torn").mkdir()
+    (lab / ladder.name / "runs" / "torn" / "record.json").write_text("{", encoding="utf-8")
+    rates = cost.measured_rates([lab / ladder.name, lab / "no-such-lab"])
+    again = plan_ladder(ladder, corpus, cpu, measured=rates)
+    assert again.rungs[0].bill.rate == cost.Rate(tokens_per_s=12_345.0, basis="measured on this box (1 row)")
+    assert again.rungs[1].bill.rate == first.rungs[1].bill.rate, "a row without a speed teaches nothing"
+    assert again.runs[0].run_id == first.runs[0].run_id, "a speed is no science"
+
+
+def test_energy_needs_stated_watts(cpu: Box) -> None:
+    assert predict_power(cpu, 1, None) is None
+    assert "--watts" in cost.why_no_power(cpu)
+    stated = predict_power(cpu, 1, 60.0)
+    assert stated is not None
+    assert cost.kwh_of(3600, stated) == pytest.approx(0.06)
+    rated = predict_power(box_with("RTX 4080", 2), 2, None)
+    assert rated is not None
+    assert (rated.watts, "rated" in rated.basis) == (640.0, True)
+
+
+def test_money_counts_what_is_priced() -> None:
+    both = Money(usd_per_kwh=0.5, usd_per_machine_hour=2.0)
+    assert usd_of(1800, 3.0, both) == pytest.approx(1.5 + 1.0)
+    assert usd_of(1800, None, both) == pytest.approx(1.0)
+    assert usd_of(1800, None, Money(usd_per_kwh=0.5)) is None
+    assert usd_of(1800, 3.0, Money()) is None
+    assert usd_of(None, None, both) is None
