@@ -7,6 +7,7 @@ wrong types are errors with their path ("ladder.toml: optim.beta2: ..."), `6.5` 
 Files are replaced atomically (temporary file, fsync, rename) or appended line by line; NaN and infinity are refused.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -221,9 +222,9 @@ def write_json(path: Path, obj: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` atomically: temporary file beside it, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -231,7 +232,8 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be what could not be made
+            temporary.unlink()
         raise MachineError(
             f"{path}: could not be written ({error.strerror}); free space or choose another folder"
         ) from error

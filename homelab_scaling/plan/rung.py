@@ -229,8 +229,9 @@ def _check_decays(given: Given, name: str, tokens: tuple[int, ...], batch: int, 
         trunk = (steps - rules.decay_steps(steps, frac)) * batch
         if trunk < warmup or trunk < batch:
             raise SpecError(
-                f"rung {name}: the decay to {horizon:,} tokens would begin after {trunk:,} tokens, inside the warm-up "
-                f"of {warmup:,}; lower schedule.decay_frac ({frac:g}) or shrink the batch ({batch:,})"
+                f"rung {name}: the decay to {horizon:,} tokens would begin after {trunk:,}, which leaves no trunk "
+                f"between it and the warm-up of {warmup:,}; lower schedule.decay_frac ({frac:g}) or shrink the batch "
+                f"({batch:,})"
             )
     if frac > 0.5:
         given.warn(
