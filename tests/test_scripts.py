@@ -182,9 +182,11 @@ def test_check_stops_at_the_first_failure(clone: Path) -> None:
     bash(clone, RECORD + "ensure_environment dev")
     put(
         venv / "bin" / "python",
-        f'case "$*" in *"ruff check"*) echo bad; exit 7;; *ruff*) exit 0;; *) exec {sys.executable} "$@";; esac',
+        f'case "$*" in *"ruff check"*) echo bad; exit 7;; *ruff*) exit 0;; *) exec "{sys.executable}" "$@";; esac',
     )
-    done = subprocess.run(["bash", clone / "tools" / "check.sh"], capture_output=True, text=True, check=False)
+    env = os.environ | {"PIP_NO_INDEX": "1"}
+    command = ["bash", clone / "tools" / "check.sh"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (7, "bad\n")
     said = done.stderr.splitlines()
     assert "== format passed, 0 s" in said
