@@ -6,7 +6,10 @@ rungs and horizons slice one sequence of windows, so a shorter run sees a prefix
 to store nothing but the number of sequences consumed.
 """
 
+import bisect
 import hashlib
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,23 +31,23 @@ class TokenStream:
     def __init__(self, parts: Sequence[Tokens]) -> None:
         # np.asarray drops the memmap class (slow to slice) and keeps the mapping.
         self._parts = [np.asarray(part) for part in parts]
-        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self._starts = [0, *itertools.accumulate(len(part) for part in self._parts)]
 
     @property
     def dtype(self) -> np.dtype[Any]:
         return self._parts[0].dtype if self._parts else np.dtype(np.uint16)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, span: slice) -> Tokens:
         """The tokens of a slice with step 1; a view where it lies inside one file."""
         start, stop, step = span.indices(len(self))
         assert step == 1, "a token stream is read forwards"
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        first = bisect.bisect_right(self._starts, start) - 1
         pieces = []
         while start < stop:
-            offset = start - int(self._starts[first])
+            offset = start - self._starts[first]
             piece = self._parts[first][offset : offset + stop - start]
             pieces.append(piece)
             start += len(piece)
@@ -74,10 +77,11 @@ def read_windows(stream: TokenStream, window_ids: npt.ArrayLike, context: int) -
 class BatchOrder:
     """The order in which training visits windows: a keyed permutation per epoch, computed and never stored.
 
-    A Feistel network permutes [0, 4^k), the smallest such range that holds every window; values outside are sent
-    through again until they fall inside (cycle walking), which leaves a permutation of the windows.
+    A Feistel network over pairs (left, right), left < a, right < b, permutes the a b >= n_windows places of a rectangle
+    that is nearly square and hardly larger than needed; a value outside is sent through again until it falls inside
+    (cycle walking), which leaves a permutation of the windows.
 
-    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", method 2; tests/data/test_batches.py.
+    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3; tests/data/test_batches.py.
     """
 
     def __init__(self, n_windows: int, seed: int) -> None:
@@ -86,31 +90,33 @@ class BatchOrder:
             raise DataError("the training text is shorter than one window; give more text or a smaller context")
         self.n_windows = n_windows
         self.seed = seed
-        self._half_bits = max(1, ((n_windows - 1).bit_length() + 1) // 2)
+        side = math.isqrt(n_windows - 1) + 1
+        self._a, self._b = np.uint64(side), np.uint64(-(-n_windows // side))
 
     def windows(self, first_sequence: int, n: int) -> Index:
         """Window indices of the sequences first_sequence, ..., first_sequence + n - 1 of the run."""
-        sequences = np.arange(first_sequence, first_sequence + n, dtype=np.int64)
-        epochs, places = np.divmod(sequences, self.n_windows)
-        out = np.empty(n, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            out[here] = self._permute(places[here], epoch)
-        return out
+        parts = []
+        while n > 0:
+            epoch, place = divmod(first_sequence, self.n_windows)
+            n_here = min(n, self.n_windows - place)
+            parts.append(self._permute(np.arange(place, place + n_here, dtype=np.uint64), epoch))
+            first_sequence, n = first_sequence + n_here, n - n_here
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _permute(self, places: Index, epoch: int) -> Index:
+    def _permute(self, values: npt.NDArray[np.uint64], epoch: int) -> Index:
         keys = self._round_keys(epoch)
-        values = self._feistel(places.astype(np.uint64), keys)
+        values = self._feistel(values, keys)
         while (outside := np.flatnonzero(values >= self.n_windows)).size:
             values[outside] = self._feistel(values[outside], keys)
         return values.astype(np.int64)
 
     def _feistel(self, values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        bits, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        left, right = values >> bits, values & mask
+        left, right = values % self._a, values // self._a
+        size, other = self._a, self._b  # of left and right; they change places with them
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        return (left << bits) | right
+            left, right = right, (left + _mix(right ^ key) % size) % size
+            size, other = other, size
+        return right * self._a + left
 
     def _round_keys(self, epoch: int) -> npt.NDArray[np.uint64]:
         digest = hashlib.shake_256(f"window order, seed {self.seed}, epoch {epoch}".encode()).digest(

@@ -91,7 +91,7 @@ def build_corpus(
     dtype: Dtype = "uint16" if tokenizer.n_vocab <= MAX_UINT16_VOCAB else "uint32"
     batches = _batches(sources, found, choice)
     encoded = encode_batches(batches, tokenizer, dtype, choose_workers(n_workers, tokenizer, choice.n_bytes))
-    with _BinWriter(building / "train.bin") as train, _BinWriter(building / "val.bin") as val:
+    with BinWriter(building / "train.bin") as train, BinWriter(building / "val.bin") as val:
         n_bytes = 0
         for batch in encoded:
             train.write(batch.train)
@@ -183,7 +183,7 @@ class _Ticker:
             self._report(Progress(stage=self._stage, n_bytes=self._n, total_bytes=self._total))
 
 
-class _BinWriter:
+class BinWriter:
     """Appends tokens to a file, hashing as it goes; on the disk when closed."""
 
     def __init__(self, path: Path) -> None:
@@ -192,7 +192,7 @@ class _BinWriter:
         self._hasher = hashlib.sha256()
         self._file = path.open("wb")
 
-    def __enter__(self) -> "_BinWriter":
+    def __enter__(self) -> "BinWriter":
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -211,7 +211,7 @@ class _BinWriter:
         return ShardFile(name=self.path.name, n_tokens=self.n_tokens, sha256=self._hasher.hexdigest())
 
 
-def _split_of(writer: _BinWriter, found: Survey, mine: npt.NDArray[np.bool_]) -> Split:
+def _split_of(writer: BinWriter, found: Survey, mine: npt.NDArray[np.bool_]) -> Split:
     return Split(
         files=(writer.shard,),
         n_tokens=writer.n_tokens,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from homelab_scaling.data.files import READERS, Document, text_of, utf8
+from homelab_scaling.data.tokenizers import quiet_hub
 from homelab_scaling.errors import DataError, MachineError
 
 PYTHON_PACKAGES = ("torch", "numpy", "scipy")
@@ -200,7 +201,8 @@ class HubSource:
             ) from None
         number = 0
         try:
-            stream: Any = datasets.load_dataset(name, config or None, split="train", streaming=True)
+            with quiet_hub():
+                stream: Any = datasets.load_dataset(name, config or None, split="train", streaming=True)
             for number, row in enumerate(stream, start=1):
                 where = f"{self.asked}: row {number}"
                 text = text_of(row, self.text_field, where)

@@ -6,8 +6,10 @@ the shard writer places the end-of-text id. No beginning-of-text or other specia
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,7 +108,12 @@ class FileTokenizer:
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
 
     def __reduce__(self) -> tuple[type["FileTokenizer"], tuple[str, str]]:
-        return FileTokenizer, (self.name, self._engine.to_str())
+        return FileTokenizer, (self.name, self.to_json())
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        text: str = self._engine.to_str(pretty=True)
+        return text
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
@@ -117,7 +124,7 @@ class FileTokenizer:
         return text
 
     def save(self, path: Path) -> bool:
-        path.write_text(self._engine.to_str(pretty=True), encoding="utf-8")
+        path.write_text(self.to_json(), encoding="utf-8")
         return True
 
 
@@ -185,9 +192,23 @@ def load_tokenizer(asked: str) -> Tokenizer:
 
 
 def check_tokenizer(asked: str) -> None:
-    """Raises DataError now, not after an hour of reading, if `asked` names no tokenizer."""
-    if bpe_size(asked) is None and asked not in KNOWN_FACTS:
+    """Raises what `load_tokenizer` would, now and not after an hour of reading."""
+    if bpe_size(asked) is None:
         load_tokenizer(asked)
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keeps the hub client's five retry warnings off the screen; what it finally raises says it in one sentence."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _read_text(path: Path) -> str:
@@ -204,18 +225,18 @@ def _load_gpt2() -> FileTokenizer:
     cached = (try_to_load_from_cache(repo, "tokenizer.json") for repo in GPT2_REPOS)
     found = next((path for path in cached if isinstance(path, str)), None)
     try:
-        tokenizer = FileTokenizer("gpt2", _read_text(Path(found or hf_hub_download(GPT2_REPOS[0], "tokenizer.json"))))
-    except DataError:
-        raise
+        with quiet_hub():
+            path = Path(found or hf_hub_download(GPT2_REPOS[0], "tokenizer.json"))
     except Exception as error:  # offline mode, DNS, proxies, HTTP: each library layer has its own exception
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
         raise MachineError(
             f"tokenizer gpt2 is not in the local Hugging Face cache and the hub cannot be reached{offline}: connect "
             "once, set HF_HOME to a cache that has openai-community/gpt2, or give the path of its tokenizer.json"
         ) from error
+    tokenizer = FileTokenizer("gpt2", _read_text(path))
     if (tokenizer.n_vocab, tokenizer.eot_id) != KNOWN_FACTS["gpt2"]:
         raise DataError(
-            f"{found}: gpt2 has {GPT2_N_VOCAB} ids and ends a text with {GPT2_EOT_ID}, this file says "
+            f"{path}: gpt2 has {GPT2_N_VOCAB} ids and ends a text with {GPT2_EOT_ID}, this file says "
             f"{tokenizer.n_vocab} and {tokenizer.eot_id}; delete it from the cache"
         )
     return tokenizer
