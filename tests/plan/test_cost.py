@@ -19,7 +19,7 @@ SMALL = ModelShape(n_layer=12, d_model=768, n_head=12, context_tokens=1024)
 
 def _rate(box: Box, shape: ModelShape = SMALL, **changes: object) -> cost.Rate | None:
     usual = {"n_processes": 1, "microbatch_seqs": 16, "accumulation_steps": 1, "precision": "bf16"}
-    return predict_rate(shape, 50_257, box=box, **{**usual, **changes})  # type: ignore[arg-type]
+    return predict_rate(shape, 50_257, box=box, **{**usual, **changes})
 
 
 # A trial with plain torch code on two cores: layers, width, heads and the seconds that 3M tokens with three WSD decays
@@ -105,7 +105,7 @@ def _finished(spec: RunSpec, tokens_per_s: float | None) -> RunRecord:
 
 def test_records_of_a_lab_feed_the_next_plan(lab: Path, cpu: Box, make_corpus: object) -> None:
     ladder, _ = read_ladder("quickstart")
-    corpus = make_corpus()  # type: ignore[operator]
+    corpus = make_corpus()
     first = plan_ladder(ladder, corpus, cpu)
     assert first.rungs[0].bill.rate is not None
     assert first.rungs[0].bill.rate.basis.startswith("assumed")

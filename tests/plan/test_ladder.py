@@ -44,7 +44,7 @@ def _ladder(**changes: object) -> Ladder:
         "context_tokens": 128,
         "batch": BatchTable(tokens=4096),
     }
-    return Ladder(**{**usual, **changes})  # type: ignore[arg-type]
+    return Ladder(**{**usual, **changes})
 
 
 # --------------------------------------------------------------------------------------------------- shipped ladders

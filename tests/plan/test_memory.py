@@ -16,7 +16,7 @@ GIB = 2**30
 
 def _predict(**changes: object) -> memory.VramEstimate:
     usual = {"optimizer": "adamw", "microbatch_seqs": 8, "n_processes": 2, "precision": "bf16", "loss_path": "plain"}
-    return predict_vram(GPT2_SMALL, VOCAB, **{**usual, **changes})  # type: ignore[arg-type]
+    return predict_vram(GPT2_SMALL, VOCAB, **{**usual, **changes})
 
 
 # 124M, 8 x 1024 tokens, tanh GELU, in GB without the context: gradients in the buckets or copied, plain or chunked head
@@ -79,7 +79,7 @@ def test_the_micro_batch_divides_fits_and_is_the_largest(
     shape = ModelShape(n_layer=6, d_model=d_model, n_head=4, context_tokens=1024)
     card = None if card_gib is None else card_gib * GIB
     common = {"optimizer": optimizer, "n_processes": 1, "precision": "bf16"}
-    best = largest_microbatch(shape, VOCAB, seqs_per_rank=seqs, card_bytes=card, **common)  # type: ignore[arg-type]
+    best = largest_microbatch(shape, VOCAB, seqs_per_rank=seqs, card_bytes=card, **common)
     assert best is not None, "one sequence of this model fits 4 GiB"
     assert seqs % best == 0
 
@@ -89,7 +89,7 @@ def test_the_micro_batch_divides_fits_and_is_the_largest(
         if tokens > cap and micro > 1:
             return False
         path = choose_loss_path(tokens, VOCAB)
-        need = predict_vram(shape, VOCAB, microbatch_seqs=micro, loss_path=path, **common)  # type: ignore[arg-type]
+        need = predict_vram(shape, VOCAB, microbatch_seqs=micro, loss_path=path, **common)
         return card is None or need.total_bytes <= 0.9 * card
 
     assert allowed(best)
