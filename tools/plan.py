@@ -69,7 +69,7 @@ def _box(args: Args) -> "Box":
     """The machine to plan for: this one, or the one described by --card and --gpus."""
     import dataclasses
 
-    from homelab_scaling.box import detect_box
+    from homelab_scaling.box import describe_box, detect_box
     from homelab_scaling.plan.peaks import box_with
 
     if args.card is not None:
@@ -78,7 +78,7 @@ def _box(args: Args) -> "Box":
     if args.gpus is None or args.gpus == box.n_gpus:
         return box
     if args.gpus == 0:
-        return dataclasses.replace(box, device="cpu", n_gpus=0, vram_bytes=None, computes_bf16=False)
+        return describe_box([])
     if not 0 < args.gpus < box.n_gpus:
         raise SpecError(f"--gpus {args.gpus}, but this machine has {box.n_gpus}; name the card you mean with --card")
     return dataclasses.replace(box, n_gpus=args.gpus)

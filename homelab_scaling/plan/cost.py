@@ -116,7 +116,9 @@ def predict_rate(
         and (m.device == box.device or (not box.on_gpu and m.device.startswith("cpu")))
     ]
     if same:
-        return Rate(tokens_per_s=statistics.median(same), basis=f"measured on this box ({len(same)} row{'s' * (len(same) > 1)})")
+        return Rate(
+            tokens_per_s=statistics.median(same), basis=f"measured on this box ({len(same)} row{'s' * (len(same) > 1)})"
+        )
     tokens_per_rank = microbatch_seqs * accumulation_steps * shape.context_tokens
     if not box.on_gpu:
         compute_s = _cpu_step_s(shape, n_vocab, tokens_per_rank * n_processes, box.n_cores, precision)

@@ -1,6 +1,7 @@
 """The parts of a plan, as frozen records: what `plan_ladder` returns and plan.json holds."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from homelab_scaling.box import Box
 from homelab_scaling.plan.cost import Rate
@@ -51,13 +52,21 @@ class HorizonPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherMode:
+    """What the other horizons.mode would train: the published D beside a solved one, or the reverse."""
+
+    mode: Literal["exact", "nominal"]
+    row: HorizonPlan
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """What decides the result: tokens, batch, learning rate, precision."""
 
     horizons: tuple[HorizonPlan, ...]
     """Ascending."""
-    nominal: HorizonPlan | None
-    """The published D of this rung beside ours, where the ladder states one."""
+    other: OtherMode | None
+    """Shown beside the rows, not run; None where the ladder states no published D."""
     batch_tokens_wanted: int
     batch_tokens: int
     batch_source: str

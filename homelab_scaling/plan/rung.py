@@ -13,7 +13,17 @@ from homelab_scaling.plan import cost, memory, rules
 from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import count_params, flops_6nd_per_token, flops_per_token
 from homelab_scaling.plan.memory import LossPath, VramEstimate
-from homelab_scaling.plan.parts import Bill, FlopsPerToken, HorizonPlan, Launch, Placement, RungPlan, Size, Training
+from homelab_scaling.plan.parts import (
+    Bill,
+    FlopsPerToken,
+    HorizonPlan,
+    Launch,
+    OtherMode,
+    Placement,
+    RungPlan,
+    Size,
+    Training,
+)
 from homelab_scaling.plan.rules import gap
 from homelab_scaling.specs import CorpusManifest, Ladder, ModelShape, OptimizerName, Precision, Rung
 
@@ -113,9 +123,6 @@ def plan_training(given: Given, rung: Rung, size: Size) -> Training:
             f"rung {rung.name}: {horizons[0].n_steps} steps to the smallest horizon are too few for a loss that means "
             f"anything; shrink batch.tokens ({batch:,}) or lengthen the horizon"
         )
-    nominal = None
-    if rung.nominal_tokens is not None:
-        nominal = _horizon(given, rung.name, rung.nominal_tokens, batch, size, said=False)
     lr = rules.choose_lr(rung, ladder.lr, size.params.n_body, tokens[-1])
     outside = size.params.n_body < rules.STEP_LAW_MIN_BODY or tokens[-1] < rules.STEP_LAW_MIN_TOKENS
     if lr.source == "Step Law" and outside:
@@ -128,7 +135,7 @@ def plan_training(given: Given, rung: Rung, size: Size) -> Training:
         _check_decays(given, rung.name, tokens, batch, warmup)
     return Training(
         horizons=horizons,
-        nominal=nominal,
+        other=_other_mode(given, rung, batch, size),
         batch_tokens_wanted=wanted_batch,
         batch_tokens=batch,
         batch_source=source,
@@ -192,6 +199,19 @@ def _horizon(given: Given, name: str, wish: float, batch: int, size: Size, *, sa
         flops=tokens * size.flops_per_token.causal,
         flops_6nd=tokens * size.flops_per_token.six_n,
     )
+
+
+def _other_mode(given: Given, rung: Rung, batch: int, size: Size) -> OtherMode | None:
+    """The published D beside a solved one, or the solved D beside a published one."""
+    h = given.ladder.horizons
+    if h.mode == "exact":
+        wish = rung.nominal_tokens
+    else:
+        wish = round(h.flops[0] / size.flops_per_token.causal) if len(h.flops) == 1 else None
+    if wish is None:
+        return None
+    row = _horizon(given, rung.name, wish, batch, size, said=False)
+    return OtherMode(mode="nominal" if h.mode == "exact" else "exact", row=row)
 
 
 def _distinct(name: str, horizons: tuple[HorizonPlan, ...], batch: int) -> tuple[int, ...]:

@@ -174,9 +174,12 @@ def _rows(plan: Plan) -> "Table":
     for rung in plan.rungs:
         for index, horizon in enumerate(rung.training.horizons):
             table.add_row(rung.name if index == 0 else "", *_row_cells(horizon))
-        if rung.training.nominal is not None:
-            table.add_row("  published", *_row_cells(rung.training.nominal), style="dim")
+        other = rung.training.other
+        if other is not None:
+            table.add_row(f"  ({other.mode})", *_row_cells(other.row), style="dim")
         table.add_section()
+    if any(rung.training.other for rung in plan.rungs):
+        table.caption = "in brackets: what the other horizons.mode would train (nominal = the published D)\n"
     return table
 
 

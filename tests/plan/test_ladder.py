@@ -106,9 +106,11 @@ def test_isoflop_shows_the_exact_and_the_published_tokens(two_4080: Box) -> None
         (horizon,) = ours.training.horizons
         assert horizon.flops == pytest.approx(1.35e17, rel=2e-3)
         assert horizon.flops == horizon.tokens * flops_per_token(ours.size.shape, 50_257)
-        assert ours.training.nominal is not None
-        assert ours.training.nominal == theirs.training.horizons[0]
-        assert ours.training.nominal.wanted_tokens == published[ours.name]
+        assert ours.training.other is not None and theirs.training.other is not None
+        assert (ours.training.other.mode, theirs.training.other.mode) == ("nominal", "exact")
+        assert ours.training.other.row == theirs.training.horizons[0]
+        assert theirs.training.other.row == horizon
+        assert ours.training.other.row.wanted_tokens == published[ours.name]
         assert ours.training.batch_tokens == 524_288
 
 
