@@ -1,6 +1,8 @@
 """`homelab plan` as a person uses it: readable at 100 columns, one JSON document, one sentence for every mistake."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,3 +260,11 @@ def test_told_so_more_passes_are_allowed(here: Path, homelab: Homelab, make_corp
     said = homelab("plan", "mine.toml")
     assert said.code == 0
     assert "passes over the training text" in said.out
+
+
+def test_planning_needs_no_torch(here: Path) -> None:
+    code = (
+        "import sys; from homelab_scaling import cli; code = cli.main(['plan', 'mine.toml', '--json']); "
+        "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers', 'scipy', 'bitsandbytes')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=here, check=False, capture_output=True).returncode == 0
