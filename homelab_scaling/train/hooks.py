@@ -134,9 +134,9 @@ class Progress(Hooks):
         if rate is None or not lines:
             return
         self.done += rate["interval_tokens"]
-        loss = lines[-1]["loss"]
+        loss = "not finite" if lines[-1]["loss"] is None else f"{lines[-1]['loss']:.3f}"
         mfu = f"  MFU {rate['mfu']:.0%}" if rate["mfu"] is not None else ""
-        say = f"loss {loss:.3f}  {rate['tokens_per_s']:,.0f} tok/s{mfu}"
+        say = f"loss {loss}  {rate['tokens_per_s']:,.0f} tok/s{mfu}"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, say=say)
         elif time.monotonic() - self.last >= self.EVERY_S:

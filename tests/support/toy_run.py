@@ -152,3 +152,23 @@ def kill_at(folder: RunFolder, update: int) -> None:
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
+
+
+class StopAt(Hooks):
+    """A signal to ourselves after an update."""
+
+    def __init__(self, update: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.update, self.number = update, number
+
+    def steps(self, lines: list[dict[str, Any]], rate: dict[str, Any] | None) -> None:
+        if lines and lines[-1]["update"] == self.update:
+            os.kill(os.getpid(), self.number)
+
+
+STEP_KEYS = ("update", "phase", "step", "tokens", "lr", "loss", "grad_norm")
+
+
+def steps_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl, without what depends on the clock."""
+    lines = codec.read_jsonl(folder.metrics)
+    return [{k: line[k] for k in STEP_KEYS} for line in lines if line["kind"] == "step"]

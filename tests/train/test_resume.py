@@ -1,24 +1,15 @@
 """Killed anywhere, launched again: the same numbers, bit for bit."""
 
 import json
-import os
 import signal
 from typing import Any
 
 import pytest
-from toy_run import kill_at, train_here
+from toy_run import StopAt, kill_at, steps_of, train_here
 
 from homelab_scaling import codec
 from homelab_scaling.errors import Stopped
 from homelab_scaling.runs import RunFolder
-from homelab_scaling.train.hooks import Hooks
-
-STEP_KEYS = ("update", "phase", "step", "tokens", "lr", "loss", "grad_norm")
-
-
-def steps_of(folder: RunFolder) -> list[dict[str, Any]]:
-    lines = codec.read_jsonl(folder.metrics)
-    return [{k: line[k] for k in STEP_KEYS} for line in lines if line["kind"] == "step"]
 
 
 def validations_of(folder: RunFolder) -> list[tuple[Any, ...]]:
@@ -80,17 +71,6 @@ def test_a_whole_run(make_run) -> None:
     assert train_here(spec, folder) == record, "a finished run is left alone"
 
 
-class StopAt(Hooks):
-    """SIGTERM to ourselves after an update."""
-
-    def __init__(self, update: int, number: signal.Signals) -> None:
-        self.update, self.number = update, number
-
-    def steps(self, lines: list[dict[str, Any]], rate: dict[str, Any] | None) -> None:
-        if lines and lines[-1]["update"] == self.update:
-            os.kill(os.getpid(), self.number)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_checkpoints_and_the_run_goes_on(make_run, number: signal.Signals) -> None:
     spec, whole = make_run(lab="whole")
@@ -111,13 +91,13 @@ def test_a_torn_checkpoint_is_skipped_and_named(make_run) -> None:
     train_here(spec, whole)
     spec, folder = make_run(lab="torn", checkpoint_every_steps=4)
     with pytest.raises(Stopped):
-        train_here(spec, folder, [StopAt(11, signal.SIGTERM)])
+        train_here(spec, folder, [StopAt(11)])
     newest = sorted(folder.checkpoints.glob("u*"))[-1]
     older = newest.with_name("u00000004")
     # The older one was removed; make another valid one by training a copy to step 4 only.
     spec4, donor = make_run(lab="donor", checkpoint_every_steps=4)
     with pytest.raises(Stopped):
-        train_here(spec4, donor, [StopAt(3, signal.SIGTERM)])
+        train_here(spec4, donor, [StopAt(3)])
     (donor.checkpoints / "u00000004").rename(older)
     model = newest / "model.safetensors"
     content = model.read_bytes()
