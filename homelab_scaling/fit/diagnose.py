@@ -129,7 +129,7 @@ def wide(kind: str, interval: tuple[float, float], lowest_loss: float) -> str | 
     if kind == "prefactor" and high > MAX_PREFACTOR_RATIO * max(low, 1e-300):
         return f"{shown}, a factor of more than {MAX_PREFACTOR_RATIO:,.0f}"
     if kind == "offset" and high - low > MAX_OFFSET_WIDTH * lowest_loss:
-        return f"{shown}, wider than {MAX_OFFSET_WIDTH:.0%} of the lowest loss"
+        return f"{shown}, wider than {100 * MAX_OFFSET_WIDTH:.0f} % of the lowest loss"
     if kind == "share" and high - low > MAX_OFFSET_WIDTH:
         return f"{shown}, most of 0 to 1"
     return None

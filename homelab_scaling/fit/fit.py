@@ -176,6 +176,8 @@ def _report_fit(
 ) -> ScalingFit:
     law, losses = problem.law, problem.losses
     estimates = {p: estimate(float(drawn.point[i]), drawn.values[:, i]) for i, p in enumerate(law.names)}
+    if law.offset:
+        estimates["E"] = _floored(estimates["E"], float(losses.min()))
     unpinned = diagnose.unpinned_parameters(law, optimum.theta, problem.bounds, estimates, losses)
     derived, loose = _derived(law, drawn, unpinned, float(losses.min()))
     f, _shares = problem.model.value(optimum.theta[None])
@@ -240,6 +242,14 @@ def estimate(value: float, draws: Array) -> Estimate:
         se = float(np.std(draws))
     low, high = (float(q) for q in np.quantile(draws, (0.025, 0.975)))
     return Estimate(value=value, se=se if np.isfinite(se) else None, ci95=(low, high))
+
+
+def _floored(e: Estimate, lowest: float) -> Estimate:
+    """E as log E cannot reach 0; what is next to nothing beside the losses is reported as 0."""
+    if e.ci95 is None:
+        return e
+    low, high = (0.0 if bound < 1e-4 * lowest else bound for bound in e.ci95)
+    return Estimate(value=e.value, se=e.se, ci95=(low, high))
 
 
 def _hide(one: Estimate) -> Estimate:

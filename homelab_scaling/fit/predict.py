@@ -31,7 +31,7 @@ class Split:
     n_tokens: Estimate
     loss_nats: Estimate
     extrapolation: float
-    """flops over the largest (or under the smallest) 6 N D of the fitted range; 1 inside it."""
+    """How far the budget, N or D, whichever is worst, lies outside the fitted range; 1 inside it."""
 
 
 def draws_of(report: FitReport, fit: ScalingFit) -> Draws:
@@ -97,7 +97,11 @@ def predict_split(fit: ScalingFit, drawn: Draws, flops: float) -> Split:
         n_params=Estimate(value=float(n), ci95=interval(n_all)),
         n_tokens=Estimate(value=float(d), ci95=interval(d_all)),
         loss_nats=Estimate(value=float(loss), ci95=interval(losses)),
-        extrapolation=_beyond(flops, (low, high)),
+        extrapolation=max(
+            _beyond(flops, (low, high)),
+            _beyond(float(n), fit.ranges["n_params"]),
+            _beyond(float(d), fit.ranges["n_tokens"]),
+        ),
     )
 
 

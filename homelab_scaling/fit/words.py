@@ -25,6 +25,13 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def brief(value: float) -> str:
+    """3 significant digits, for exponents and in running text."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def between(low: float, high: float) -> str:
     """An interval: [0.31, 0.37]."""
     return f"[{number(low)}, {number(high)}]"

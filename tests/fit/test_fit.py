@@ -84,9 +84,9 @@ def test_planted_law_is_recovered_within_its_interval_from_many_runs():
 
 
 def test_five_trunks_of_three_correlated_rows_cover_the_truth():
-    """The quickstart's design: wild cluster intervals from five runs cover at the nominal rate (25 worlds, 95 %)."""
+    """The quickstart's design: wild cluster intervals from five runs cover at the nominal rate (15 worlds, 95 %)."""
     covered = 0
-    for world in range(25):
+    for world in range(15):
         points = ladder(chinchilla, run_noise=0.003, row_noise=0.001, seed=world)
         fit = fit_points(points, laws=["chinchilla"], n_bootstrap=200, seed=world).get("chinchilla")
         assert "wild cluster bootstrap over 5 runs" in fit.interval
@@ -94,7 +94,7 @@ def test_five_trunks_of_three_correlated_rows_cover_the_truth():
         assert any("few runs (5)" in w for w in fit.warnings)
         low, high = fit.derived["a"].ci95
         covered += low <= 0.37 / 0.72 <= high
-    assert covered >= 22  # P(fewer | coverage 95 %) < 4 %; seeds are fixed
+    assert covered >= 13  # P(fewer | coverage 95 %) < 4 %; seeds are fixed
 
 
 @settings(derandomize=True, deadline=None, max_examples=15)

@@ -1,0 +1,194 @@
+"""Everything a report says, read once from a lab's folder; what is missing becomes a sentence, not a crash."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from homelab_scaling import codec
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.fit.result import FitReport, load_fit
+from homelab_scaling.plan.counting import count_params, flops_per_token
+from homelab_scaling.runs import Excluded, Row, RunFolder, RunRecord, read_rows, run_folders
+from homelab_scaling.specs import CorpusManifest, RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line of a figure: a phase of a run."""
+
+    phase: str
+    """`trunk` or `decay@<horizon tokens>`."""
+    steps: tuple[int, ...]
+    tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def is_decay(self) -> bool:
+        return self.phase.startswith("decay@")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """One run as a report sees it."""
+
+    run_id: str
+    rung: str
+    seed: int
+    n_params: int
+    flops_per_token: float
+    spec: RunSpec
+    record: RunRecord | None
+    training: tuple[Curve, ...]
+    """Loss of each training batch."""
+    validation: tuple[Curve, ...]
+    """Loss of the small held-out set."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return self.record.rows if self.record else ()
+
+    @property
+    def status(self) -> str:
+        return self.record.status if self.record else "no record"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabView:
+    """A lab, ready to be told."""
+
+    name: str
+    path: Path
+    question: str | None
+    corpus: CorpusManifest | None
+    plan_warnings: tuple[str, ...]
+    n_rungs_planned: int | None
+    runs: tuple[RunView, ...]
+    """By size, then seed."""
+    rows: tuple[Row, ...]
+    """By size, then tokens."""
+    excluded: tuple[Excluded, ...]
+    fit: FitReport | None
+    missing: tuple[str, ...]
+    """What the report would have liked to find, in sentences."""
+
+
+def collect(lab: Path) -> LabView:
+    """A lab's plan, runs, rows and fit.
+
+    Raises:
+        SpecError: `lab` is no folder.
+    """
+    missing: list[str] = []
+    runs = []
+    for folder in run_folders(lab) if (lab / "runs").is_dir() or not lab.is_dir() else []:
+        view = _read_run(folder, missing)
+        if view is not None:
+            runs.append(view)
+    rows, excluded = read_rows(lab) if (lab / "runs").is_dir() else ([], [])
+    if not (lab / "runs").is_dir():
+        missing.append("There is no runs folder: nothing has been trained in this lab yet.")
+    plan = _read_plan(lab / "plan.json", missing)
+    fit = _read_fit(lab / "fit" / "fit.json", len(rows), missing)
+    return LabView(
+        name=lab.resolve().name,
+        path=lab,
+        question=plan.get("question") if isinstance(plan.get("question"), str) else None,
+        corpus=_read_corpus(lab, runs),
+        plan_warnings=tuple(str(w) for w in plan.get("warnings") or ()),
+        n_rungs_planned=len(plan["rungs"]) if isinstance(plan.get("rungs"), list) else None,
+        runs=tuple(sorted(runs, key=lambda r: (r.n_params, r.seed, r.run_id))),
+        rows=tuple(sorted(rows, key=lambda r: (r.n_params, r.n_tokens, r.seed))),
+        excluded=tuple(excluded),
+        fit=fit,
+        missing=tuple(missing),
+    )
+
+
+def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
+    try:
+        spec = folder.read_spec()
+    except HomelabError as error:
+        missing.append(f"{folder.path.name}: its spec cannot be read ({error}).")
+        return None
+    try:
+        record = folder.read_record()
+    except HomelabError:
+        record = None  # read_rows lists it among the excluded, with the reason
+    try:
+        lines = codec.read_jsonl(folder.metrics)
+    except HomelabError as error:
+        lines = []
+        missing.append(f"{folder.path.name}: its curves cannot be read ({error}).")
+    science = spec.science
+    return RunView(
+        run_id=spec.run_id,
+        rung=spec.rung,
+        seed=science.seed,
+        n_params=count_params(science.shape, science.n_vocab).n_params,
+        flops_per_token=flops_per_token(science.shape, science.n_vocab),
+        spec=spec,
+        record=record,
+        training=_curves(lines, "step"),
+        validation=_curves([line for line in lines if line.get("set") == "curve"], "val"),
+    )
+
+
+def _curves(lines: list[dict[str, Any]], kind: str) -> tuple[Curve, ...]:
+    """The lines of one kind, by phase, in the order of training; a non-finite loss ends its line."""
+    phases: dict[str, list[tuple[int, int, float]]] = {}
+    for line in lines:
+        loss = line.get("loss")
+        if line.get("kind") == kind and isinstance(loss, int | float):
+            phase = str(line.get("phase", "trunk"))
+            phases.setdefault(phase, []).append((int(line["step"]), int(line["tokens"]), float(loss)))
+    return tuple(
+        Curve(
+            phase=phase,
+            steps=tuple(p[0] for p in points),
+            tokens=tuple(p[1] for p in points),
+            losses=tuple(p[2] for p in points),
+        )
+        for phase, points in phases.items()
+    )
+
+
+def _read_corpus(lab: Path, runs: list[RunView]) -> CorpusManifest | None:
+    """The manifest behind the runs; None where the shards have moved away."""
+    for run in runs[:1]:
+        path = lab / "runs" / run.run_id / run.spec.shards / "manifest.json"
+        try:
+            return codec.read_json(path, CorpusManifest)
+        except HomelabError:
+            return None
+    return None
+
+
+def _read_plan(path: Path, missing: list[str]) -> dict[str, Any]:
+    """plan.json as plain data; another version's plan must not stop a report."""
+    if not path.exists():
+        missing.append("There is no plan.json, so planned and actual figures are not compared.")
+        return {}
+    try:
+        plain = codec.read_plain_json(path)
+    except HomelabError as error:
+        missing.append(f"plan.json cannot be read ({error}).")
+        return {}
+    return plain if isinstance(plain, dict) else {}
+
+
+def _read_fit(path: Path, n_rows: int, missing: list[str]) -> FitReport | None:
+    if not path.exists():
+        if n_rows:
+            missing.append("There is no fit yet: run `homelab fit` on this lab, then `homelab report` again.")
+        return None
+    try:
+        fit = load_fit(path)
+    except HomelabError as error:
+        missing.append(f"The fit cannot be read ({error}).")
+        return None
+    lost = [f.draws_file for f in fit.fits if f.draws_file and f.draws_file not in fit.draws]
+    if lost:
+        missing.append(f"{len(lost)} draws files are gone from the fit folder, so those curves have no band.")
+    if fit.n_points + sum("decayed" in e.reason for e in fit.excluded) != n_rows:
+        missing.append(f"The fit used {fit.n_points} rows and the lab now holds {n_rows}: run `homelab fit` again.")
+    return fit
