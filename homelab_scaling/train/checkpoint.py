@@ -156,7 +156,8 @@ def newest_valid(checkpoints: Path, science_hash: str) -> tuple[Path | None, Che
 
 def load_tensors(folder: Path, name: str, device: torch.device) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint."""
-    return load_file(folder / name, device=str(device))
+    # Accelerate calls a CPU rank "cpu:0", which safetensors does not know.
+    return load_file(folder / name, device="cpu" if device.type == "cpu" else str(device))
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:

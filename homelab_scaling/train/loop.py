@@ -33,6 +33,7 @@ from homelab_scaling.specs import RunSpec
 from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train.evaluate import Evaluator, Validation
 from homelab_scaling.train.hooks import Hooks, Line, MetricsFile, Progress, Trackers, surviving
+from homelab_scaling.train.keeper import Keeper
 from homelab_scaling.train.ledger import make_record, make_row, peak_flops
 from homelab_scaling.train.model import LanguageModel, build_model, sdpa_backend
 from homelab_scaling.train.optim import MaskedAdamW
@@ -45,6 +46,7 @@ from homelab_scaling.train.session import (
     start_accelerator,
     sum_over_ranks,
 )
+from homelab_scaling.train.timing import Timing
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """Command codes, ordered by urgency; ranks obey the largest."""
@@ -55,31 +57,6 @@ EVAL_BATCH_TOKENS = 16_384
 
 class Diverged(RunFailed):
     """A loss or gradient became non-finite; the weights were not touched by it."""
-
-
-class Timing:
-    """Seconds by phase, and an honest token rate; kept across segments through the checkpoint."""
-
-    def __init__(self, clock: ckpt.Clock, started: float) -> None:
-        self.clock = clock
-        self.mark = started
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.monotonic()
-        elapsed, self.mark = now - self.mark, now
-        return elapsed
-
-    def book(self, name: str, phase: Phase, seconds: float) -> None:
-        book: dict[str, float] = getattr(self.clock, name)
-        book[phase.key] = book.get(phase.key, 0.0) + seconds
-
-    def add(self, **amounts: float) -> None:
-        """Adds to the clock's plain totals."""
-        import dataclasses
-
-        new: dict[str, Any] = {k: getattr(self.clock, k) + v for k, v in amounts.items()}
-        self.clock = dataclasses.replace(self.clock, **new)
 
 
 class Trainer:
@@ -123,6 +100,13 @@ class Trainer:
             self.model.compile_in_place()
         self.wrapped = accelerator.prepare(self.model)
         self.optimizer = MaskedAdamW(self.model, self.science.optim)
+        self.keeper = Keeper(
+            self.folder.checkpoints,
+            self.model,
+            self.optimizer,
+            science=self.science,
+            data_id=self.shards.manifest.data_id,
+        )
         self.evaluate_full = self._evaluator(self.science.val_tokens)
         self.evaluate_curve = self._evaluator(min(self.execution.curve_tokens, self.science.val_tokens))
 
@@ -344,11 +328,8 @@ class Trainer:
     def finish_row(self, phase: Phase) -> None:
         """Full validation, the finished weights, the row, the record: in this order, so a row implies its weights."""
         result = self.validate(phase, self.evaluate_full, "full")
-        weights = self.weights()
         if self.is_main:
-            manifest = self._manifest(phase)
-            place = ckpt.row_folder(self.folder.checkpoints, phase.horizon_tokens)
-            ckpt.save(place, manifest, {ckpt.MODEL: weights})
+            self.keeper.save_row(phase, step=self.step, update=self.update, clock=self.timing.clock)
             self.timing.book("checkpoint_s", phase, self.timing.lap())
             vram = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
             row = make_row(
@@ -366,7 +347,7 @@ class Trainer:
                 "row",
                 row_id=row.row_id,
                 update=self.update,
-                weights_sha256=ckpt.tensors_hash(weights),
+                weights_sha256=ckpt.tensors_hash(self.keeper.weights()),
                 n_documents=result.n_documents,
                 optimizer_state_bytes=self.optimizer.state_bytes(),
             )
@@ -375,80 +356,32 @@ class Trainer:
 
     def return_to_fork(self, decay: Phase) -> None:
         """Back to the trunk's state before `decay`; counts as progress, not as a resume."""
-        fork = ckpt.update_folder(self.folder.checkpoints, decay.first_update)
-        manifest = ckpt.read_manifest(fork)
-        self._load(fork, manifest)
+        self.keeper.load(ckpt.update_folder(self.folder.checkpoints, decay.first_update))
         self.step, self.update = decay.start_step, decay.end_update
         self.timing.book("checkpoint_s", decay, self.timing.lap())
 
     def save_checkpoint(self, phase: Phase) -> None:
-        """Saves the resume state, then drops the ones it replaces (a decay keeps its fork)."""
+        """Saves the resume state; every rank waits for it."""
         if self.is_main:
             self.timing.book("train_s", phase, self.timing.lap())
-            tensors, counters = self.optimizer.state_dict()
-            manifest = self._manifest(phase, counters)
-            keep = ckpt.update_folder(self.folder.checkpoints, self.update)
-            ckpt.save(keep, manifest, {ckpt.MODEL: self.weights(), ckpt.OPTIM: tensors})
-            fork = ckpt.update_folder(self.folder.checkpoints, phase.first_update) if phase.kind == "decay" else None
-            for old in ckpt.resume_folders(self.folder.checkpoints):
-                if old not in (keep, fork):
-                    _remove(old)
+            self.keeper.save(phase, step=self.step, update=self.update, clock=self.timing.clock)
             self.timing.book("checkpoint_s", phase, self.timing.lap())
         self.accelerator.wait_for_everyone()
         self.timing.lap()
         self.last_saved = time.monotonic()
 
-    def _manifest(self, phase: Phase, counters: dict[str, int] | None = None) -> ckpt.Checkpoint:
-        tokens = self.step * self.science.batch_tokens_global
-        return ckpt.Checkpoint(
-            update=self.update,
-            step=self.step,
-            tokens=tokens,
-            sequences=self.step * self.science.batch_seqs_global,
-            phase=phase.name,
-            science_hash=self.science.hash,
-            data_id=self.shards.manifest.data_id,
-            clock=self.timing.clock,
-            counters=counters or {},
-        )
-
-    def weights(self) -> dict[str, Tensor]:
-        """Every parameter once, under its clean name."""
-        return {name: p.detach() for name, p in self.model.named_parameters()}
-
-    def _load(self, folder: Path, manifest: ckpt.Checkpoint) -> None:
-        loaded = ckpt.load_tensors(folder, ckpt.MODEL, self.device)
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(loaded[name])
-        self.optimizer.load_state_dict(ckpt.load_tensors(folder, ckpt.OPTIM, self.device), manifest.counters)
-
     def resume(self) -> int:
-        """Takes up the newest valid state; returns the index of the phase to go on with."""
+        """Takes up the newest usable state; returns the index of the phase to go on with."""
         record = self.folder.read_record()
-        self.rows = record.rows if record is not None else ()
-        if len(self.rows) == len(self.science.horizons_tokens):  # killed between the last row and the last word
-            return len(self.plan)
-        found, manifest, skipped = ckpt.newest_valid(self.folder.checkpoints, self.science.hash)
-        first_phase = 0
-        if found is not None and manifest is not None:
-            self._load(found, manifest)
-            self.timing.clock = manifest.clock
-            self.update, self.step = manifest.update, manifest.step
-            first_phase = next(p.index for p in self.plan if p.first_update <= self.update < p.end_update)
-        # Rows whose decay lies beyond the checkpoint are trained again; a fork whose row is done is left behind.
-        done = {row.n_tokens for row in self.rows}
-        while self.plan[first_phase].horizon_tokens in done and self.plan[first_phase].earns_row:
-            phase = self.plan[first_phase]
-            if self.update != phase.first_update or phase.index + 1 == len(self.plan):
-                break
-            self.step, self.update = phase.start_step, phase.end_update
-            first_phase += 1
-        reached = {p.horizon_tokens for p in self.plan[:first_phase] if p.earns_row}
-        self.rows = tuple(row for row in self.rows if row.n_tokens in reached)
+        rows = record.rows if record is not None else ()
+        point, skipped = self.keeper.take_up(self.plan, {row.n_tokens for row in rows})
+        if point.clock is not None:
+            self.timing.clock = point.clock
+        self.step, self.update = point.step, point.update
+        self.rows = tuple(row for row in rows if row.n_tokens in point.rows_kept)
         self.accelerator.wait_for_everyone()  # every rank has read the record before the main one replaces it
         self._announce(skipped)
-        return first_phase
+        return point.phase_index
 
     def _announce(self, skipped: list[str]) -> None:
         """The segment's entry in events.jsonl; hooks learn what survived."""
@@ -542,16 +475,6 @@ def _open_matching_shards(spec: RunSpec, folder: RunFolder) -> Shards:
             f"{shards.folder}: these shards are not the ones {spec.run_id} was planned on; restore them or plan again"
         )
     return shards
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    # Renamed first: a half-deleted folder must not look like a checkpoint.
-    gone = folder.with_name(f".{folder.name}.gone")
-    with contextlib.suppress(OSError):
-        folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def train(spec: RunSpec, folder: RunFolder, *, started: float, extra_hooks: list[Hooks] | None = None) -> RunRecord:

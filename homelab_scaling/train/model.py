@@ -32,10 +32,9 @@ class LanguageModel(nn.Module):
         self.config = config
         self.n_vocab = n_vocab
         self.loss_path = loss_path
-        self.compiled = False
         self.transformer = GPT2Model(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._backbone: Callable[[Tensor], Tensor] = self._hidden_states
+        self._compiled_backbone: Callable[[Tensor], Tensor] | None = None
         self._plain_loss = losses.plain_cross_entropy
 
     @property
@@ -67,9 +66,16 @@ class LanguageModel(nn.Module):
 
     def compile_in_place(self, mode: str | None = None) -> None:
         """Compiles the blocks and the softmax; no module is wrapped, so parameter names stay as they are."""
-        self._backbone = torch.compile(self._hidden_states, mode=mode)
+        self._compiled_backbone = torch.compile(self._hidden_states, mode=mode)
         self._plain_loss = torch.compile(losses.plain_cross_entropy, mode=mode)
-        self.compiled = True
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile_in_place` was called."""
+        return self._compiled_backbone is not None
+
+    def _backbone(self, x_BT: Tensor) -> Tensor:
+        return (self._compiled_backbone or self._hidden_states)(x_BT)
 
     def _hidden_states(self, x_BT: Tensor) -> Tensor:
         """What GPT2Model.forward computes, less its search for packed sequences.
@@ -86,9 +92,9 @@ class LanguageModel(nn.Module):
         return normed_BTD
 
 
-def build_model(shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPath) -> LanguageModel:
-    """An initialised model in fp32 on the CPU, the same bits for the same seed whatever device it moves to."""
-    config = GPT2Config(
+def gpt2_config(shape: ModelShape, n_vocab: int) -> GPT2Config:
+    """Hugging Face's configuration of a shape: padded vocabulary, tanh GELU in one kernel, no dropout, no cache."""
+    return GPT2Config(
         vocab_size=pad_vocab(n_vocab),
         n_positions=shape.context_tokens,
         n_embd=shape.d_model,
@@ -104,8 +110,12 @@ def build_model(shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPa
         tie_word_embeddings=shape.tied,
         attn_implementation="sdpa",
     )
+
+
+def build_model(shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPath) -> LanguageModel:
+    """An initialised model in fp32 on the CPU, the same bits for the same seed whatever device it moves to."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model = LanguageModel(config, n_vocab=n_vocab, loss_path=loss_path)
+        model = LanguageModel(gpt2_config(shape, n_vocab), n_vocab=n_vocab, loss_path=loss_path)
     _init_weights(model, seed)
     return model
 

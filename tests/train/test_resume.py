@@ -106,3 +106,17 @@ def test_a_torn_checkpoint_is_skipped_and_named(make_run) -> None:
     last = [e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"][-1]
     assert last["update"] == 4 and "does not match its hash" in last["skipped_checkpoints"][0]
     assert steps_of(folder) == steps_of(whole)
+
+
+def test_a_lost_record_loses_no_row(make_run) -> None:
+    spec, whole = make_run(lab="whole")
+    reference = train_here(spec, whole)
+    spec, folder = make_run(lab="lost")
+    with pytest.raises(Stopped):
+        train_here(spec, folder, [StopAt(28)])  # in the trunk, after the first row
+    folder.record.unlink()
+    record = train_here(spec, folder)
+    assert [r.loss_nats for r in record.rows] == [r.loss_nats for r in reference.rows]
+    last = [e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"][-1]
+    assert last["update"] == 0 and "no longer has the rows" in last["skipped_checkpoints"][0]
+    assert steps_of(folder) == steps_of(whole)
