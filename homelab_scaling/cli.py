@@ -12,7 +12,9 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,7 +144,11 @@ def _closest(word: str, known: list[str]) -> str:
 
 def usage() -> str:
     """What `homelab --help` prints."""
-    listing = "\n".join(f"  {verb:<12} {what}" for verb, what in verbs().items())
+    width = min(shutil.get_terminal_size().columns, 100)
+    listing = "\n".join(
+        textwrap.fill(what, width, initial_indent=f"  {verb:<12} ", subsequent_indent=" " * 15)
+        for verb, what in verbs().items()
+    )
     return (
         "usage: homelab VERB [ARGS...]\n\nOne workstation, one scaling law you can defend.\n\n"
         f"verbs:\n{listing}\n\n`homelab VERB --help` explains one; `homelab --version` prints the version."

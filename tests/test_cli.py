@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,13 +65,15 @@ def test_every_verb_explains_itself(helps: dict[str, dict[str, Any]]) -> None:
         assert " ".join(what.split()) in " ".join(helps[verb]["out"].split())
 
 
-def test_the_listing_names_every_tool_in_a_line(helps: dict[str, dict[str, Any]]) -> None:
-    listing = helps["None"]["out"]
-    lines = [line for line in listing.splitlines() if line.startswith("  ")]
-    assert [line.split()[0] for line in lines] == list(cli.verbs())
-    assert all(len(line) <= 120 for line in lines)
+@pytest.mark.parametrize("columns", [60, 200])
+def test_the_listing_names_every_tool_and_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    verbs, listing = cli.verbs(), cli.usage()
+    assert re.findall(r"^  (\S+)", listing, flags=re.MULTILINE) == list(verbs)
+    assert all(len(line) <= columns for line in listing.splitlines() if line.startswith("  "))
+    assert all(" ".join(what.split()) in " ".join(listing.split()) for what in verbs.values())
     files = [p.stem for p in Path(str(tools.__file__)).parent.glob("*.py") if p.stem != "__init__"]
-    assert len(lines) == len(files)
+    assert len(verbs) == len(files)
 
 
 def test_each_tool_also_runs_as_a_script_of_its_own_verb() -> None:
