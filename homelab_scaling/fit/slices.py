@@ -53,7 +53,7 @@ def tabulate(points: tuple[LossPoint, ...]) -> Table:
         columns={"n_params": n, "n_tokens": d, "flops": flops},
         losses=np.array([p.loss_nats for p in points], dtype=np.float64),
         run_ids=[p.run_id or f"run of {p.row_id or i}" for i, p in enumerate(points)],
-        flops_from="the flops column" if exact else "6 N D, since not every row has its FLOPs",
+        flops_from="each row's own FLOPs" if exact else "6 N D, since not every row has its FLOPs",
     )
 
 

@@ -134,12 +134,13 @@ def loss_against_steps(plt: Any, view: LabView, theme: Theme) -> Any:
 
 
 def _smooth(curve: Curve, width: int) -> tuple[Any, Any]:
-    """Steps and a moving average over `width` points, fewer towards the ends so that the line reaches them."""
+    """Steps and a moving average over `width` points, narrower towards the ends so that the line reaches them."""
     losses = np.array(curve.losses)
     total = np.concatenate([[0.0], np.cumsum(losses)])
-    at = np.arange(len(losses))
-    half = np.minimum(np.minimum(at, len(losses) - 1 - at), width // 2)
-    return np.array(curve.steps, dtype=np.float64), (total[at + half + 1] - total[at - half]) / (2 * half + 1)
+    at, last = np.arange(len(losses)), len(losses) - 1
+    half = np.clip(np.minimum(at, last - at), width // 5, width // 2)
+    low, high = np.maximum(at - half, 0), np.minimum(at + half, last) + 1
+    return np.array(curve.steps, dtype=np.float64), (total[high] - total[low]) / (high - low)
 
 
 def _twice(se: float | None) -> float | None:

@@ -24,7 +24,7 @@ class Theme:
 
 
 LIGHT = Theme(name="light", background="#ffffff", text="#1c2330", faint="#5b6575", grid="#e3e7ee", ramp=(0.0, 0.80))
-DARK = Theme(name="dark", background="#161b23", text="#e6eaf0", faint="#9aa5b5", grid="#2b333f", ramp=(0.32, 1.0))
+DARK = Theme(name="dark", background="#161b23", text="#e6eaf0", faint="#9aa5b5", grid="#2b333f", ramp=(0.42, 1.0))
 
 DPI = 144
 Form = Literal["count", "power", "plain"]

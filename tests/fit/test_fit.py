@@ -118,7 +118,7 @@ def test_rows_feed_the_laws_they_are_about():
     assert report.get("chinchilla").n_points == 15
     assert report.get("chinchilla").excluded == ()
     assert "frontier" in report.get("power-c").rows
-    assert "C is the flops column" in report.notes
+    assert "C is each row's own FLOPs" in report.notes
 
 
 def test_too_few_points_name_the_parameters_instead_of_digits():
