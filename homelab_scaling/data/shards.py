@@ -166,7 +166,7 @@ def _check_request(request: BuildRequest, n_workers: int | None) -> None:
 def _is_foreign(request: BuildRequest) -> bool:
     """The one source is a folder of token files."""
     folder = Path(request.sources[0]).expanduser()
-    return len(request.sources) == 1 and folder.is_dir() and bool(find_bins(folder))
+    return len(request.sources) == 1 and request.sources[0] != "python" and folder.is_dir() and bool(find_bins(folder))
 
 
 def _take_over(request: BuildRequest, building: Path) -> tuple[CorpusManifest, BuildRecord]:

@@ -64,7 +64,7 @@ def make_source(asked: str, text_field: str) -> Source:
             f"{asked}: no such file or folder; a source is a .txt, .jsonl or .parquet file, a folder of them, "
             "`python` or `hf:NAME[:CONFIG]`"
         )
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise DataError(f"{asked}: cannot read {path.suffix or 'a file without suffix'}; wants {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{asked}: the file is empty; leave it out or restore it")
@@ -77,7 +77,7 @@ def _files_below(folder: Path) -> list[tuple[str, Path]]:
     for here, subfolders, names in os.walk(folder):
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
         paths = [Path(here, n) for n in names if not n.startswith(".")]
-        found += [(p.relative_to(folder).as_posix(), p) for p in paths if p.suffix in READERS]
+        found += [(p.relative_to(folder).as_posix(), p) for p in paths if p.suffix.lower() in READERS]
     if not found:
         raise DataError(f"{folder}: no {', '.join(READERS)} file in it; name a folder that holds text")
     return sorted(found)
@@ -97,14 +97,17 @@ class FilesSource:
     def documents(self) -> Iterator[Document]:
         for name, path in self.files:
             try:
-                for document in READERS[path.suffix](path, name, self.text_field):
+                for document in READERS[path.suffix.lower()](path, name, self.text_field):
                     if document.text:
                         yield document
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); mend that and run again") from None
 
     def state(self) -> list[str]:
-        stats = [(name, path.stat()) for name, path in self.files]
+        try:
+            stats = [(name, path.stat()) for name, path in self.files]
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); mend or remove it") from None
         return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
 
 
@@ -123,8 +126,11 @@ class PythonSource:
     def documents(self) -> Iterator[Document]:
         for package, root in self._roots():
             for name, path in sorted(_python_files(root)):
-                with tokenize.open(path) as file:  # obeys the file's own coding line
-                    text = file.read()
+                try:
+                    with tokenize.open(path) as file:  # obeys the file's own coding line
+                        text = file.read()
+                except (SyntaxError, UnicodeDecodeError):  # ... which may be wrong: then Python cannot read it either
+                    continue
                 if text:
                     group = f"{package}/{name.split('/')[0].removesuffix('.py')}"
                     yield Document(text=text, name=f"{package}/{name}", group=group)

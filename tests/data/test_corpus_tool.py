@@ -33,6 +33,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(Path("notes.md"), b"text")
     write(Path("bad.json"), b"{}")
     Path("nothing").mkdir()
+    Path("broken").mkdir()
+    Path("broken/gone.txt").symlink_to("nowhere.txt")
     Path("taken").mkdir()
     write(Path("taken/thesis.tex"), b"years of work")
     for folder, tokens in (("bins", 300), ("torn", 300), ("noval", 300)):
@@ -63,6 +65,7 @@ BAD: list[tuple[str, str]] = [
     ("fake.parquet --tokenizer bytes --out new", "fake.parquet: cannot be read as Parquet"),
     ("notes.md --tokenizer bytes --out new", "notes.md: cannot read .md"),
     ("nothing --tokenizer bytes --out new", "nothing: no .txt, .jsonl, .parquet file in it"),
+    ("broken --tokenizer bytes --out new", "broken/gone.txt: cannot be read (No such file or directory)"),
     ("hf:./nowhere --tokenizer bytes --out new", "`datasets` gave up after 0 rows"),
     ("good.txt --tokenizer gpt5 --out new", "tokenizer gpt5: no such tokenizer or file"),
     ("good.txt --tokenizer bad.json --out new", "bad.json: not a tokenizer.json"),

@@ -207,7 +207,6 @@ from homelab_scaling.data import build, encode
 from homelab_scaling.data.shards import build_shards
 if __name__ == "__main__":
     encode.MIN_BYTES_FOR_WORKERS, build.BATCH_BYTES = 0, 20_000
-    print("begun", flush=True)
     build_shards([sys.argv[1]], "bpe:300", Path(sys.argv[2]), n_workers=2)
 """
 
@@ -216,7 +215,7 @@ def test_kill_9_leaves_nothing_that_looks_whole_and_no_worker(tmp_path: Path) ->
     texts = [f"{i} {text}" * 3 for i in range(60) for text in PROSE]  # 7 MB: a few seconds of encoding
     source, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
     (tmp_path / "build.py").write_text(KILLED)
-    child = subprocess.Popen([sys.executable, str(tmp_path / "build.py"), source, str(out)], stdout=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, str(tmp_path / "build.py"), source, str(out)])
     partial = tmp_path / ".out.building" / "train.bin"
     deadline = time.monotonic() + 60
     while not (partial.exists() and partial.stat().st_size > 0):
@@ -228,13 +227,17 @@ def test_kill_9_leaves_nothing_that_looks_whole_and_no_worker(tmp_path: Path) ->
         for pid in (task / "children").read_text().split()
     ]
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.wait()
     assert child.returncode == -signal.SIGKILL and len(workers) >= 2
     assert not out.exists() and partial.exists()
     with pytest.raises(DataError, match="no such folder"):
         open_shards(out)
-    while any(_alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in workers if _alive(pid)]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("a worker outlived its parent")
         time.sleep(0.05)
     small = write_jsonl(tmp_path / "b.jsonl", PROSE)  # a leftover of another request is replaced as well
     build_shards([small], "bytes", out)

@@ -16,11 +16,11 @@ def quiet(_: int) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_names_whatever_the_file_system_says(tmp_path: Path, monkeypatch) -> None:
-    for name in ("b.txt", "a/z.txt", "a/b/c.jsonl", "a.txt", ".hidden.txt", ".git/x.txt", "readme.md"):
+    for name in ("b.TXT", "a/z.txt", "a/b/c.jsonl", "a.txt", ".hidden.txt", ".git/x.txt", "readme.md"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
-    wanted = ["a.txt", "a/b/c.jsonl", "a/z.txt", "b.txt"]
+    wanted = ["a.txt", "a/b/c.jsonl", "a/z.txt", "b.TXT"]
     assert [d.text for d in make_source(str(tmp_path), "text").documents()] == wanted
     walk = sources.os.walk
 
