@@ -10,7 +10,11 @@ import tyro
 from homelab_scaling import cli, codec
 
 if TYPE_CHECKING:
-    from homelab_scaling.fit.result import Estimate, FitReport, ScalingFit
+    from rich.table import Table
+
+    from homelab_scaling.fit.result import Estimate, FitReport
+
+SHOWN_EXCLUDED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,39 +80,48 @@ def main(args: Args) -> int:
 
 def _print(report: "FitReport") -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
+    from homelab_scaling.fit.diagnose import about_fits
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 110
     console.print(
-        f"{report.source}: {report.n_points} points from {report.n_runs} runs, N counts {report.count}, "
-        f"objective {report.objective}",
-        highlight=False,
+        f"{report.source}: {report.n_points} points from {report.n_runs} runs; N counts {report.count}; "
+        f"objective {report.objective}; {report.n_bootstrap:,} resamples"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("law", "rows", "points", "quantity", "value", "95 % interval"):
-        table.add_column(heading, justify="right" if heading in ("points", "value") else "left")
-    for fit in report.fits:
-        _add(table, fit)
-    console.print(table)
-    for fit in report.fits:
-        console.print(f"{fit.law}, {fit.rows}: {fit.status}; {fit.interval}", highlight=False, markup=False)
-    for line in dict.fromkeys([*report.notes, *report.warnings, *(w for fit in report.fits for w in fit.warnings)]):
-        console.print(f"  ! {line}", highlight=False, markup=False)
+    console.print(_table(report))
+    fitted = [fit for fit in report.fits if fit.is_fitted]
+    poor = [fit for fit in fitted if not fit.status.startswith("converged (")]
+    console.print(f"{len(fitted) - len(poor)} of {len(fitted)} fits reached a certified optimum")
+    for fit in poor:
+        console.print(f"  ! {fit.law} at {fit.rows}: {fit.status}")
+    for line in (*report.notes, *report.warnings, *about_fits(report)):
+        console.print(f"  ! {line}")
     if report.excluded:
         console.print(f"{len(report.excluded)} excluded:")
-        for gone in report.excluded[:20]:
-            console.print(f"  - {gone.row_id}: {gone.reason}", highlight=False, markup=False)
+    for gone in report.excluded[:SHOWN_EXCLUDED]:
+        console.print(f"  - {gone.row_id}: {gone.reason}")
+    if len(report.excluded) > SHOWN_EXCLUDED:
+        console.print(f"  - and {len(report.excluded) - SHOWN_EXCLUDED} more (--json lists all)")
 
 
-def _add(table: "object", fit: "ScalingFit") -> None:
+def _table(report: "FitReport") -> "Table":
+    """Main fits with every parameter, their siblings at other D or N with the exponent alone."""
     from rich.table import Table
 
-    assert isinstance(table, Table)
-    quantities = {**fit.parameters, **{k: v for k, v in fit.derived.items() if k in ("a", "b", "r2_log")}}
-    for index, (name, one) in enumerate(quantities.items()):
-        head = (fit.law, fit.rows.split(":")[0], str(fit.n_points)) if index == 0 else ("", "", "")
-        table.add_row(*head, name.replace("r2_log", "R^2 (log-log)"), *_cells(one), end_section=False)
-    table.add_section()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("law", "rows", "points", "quantity", "value", "95 % interval"):
+        table.add_column(heading, justify="right" if heading in ("points", "value") else "left", no_wrap=True)
+    main = report.main
+    for fit in (*main, *(fit for fit in report.fits if fit not in main)):
+        kept = ("a", "b", "r2_log") if fit in main else ("exponent",)
+        quantities = dict(fit.parameters) if fit in main else {}
+        quantities |= {name: one for name, one in fit.derived.items() if name in kept}
+        for index, (name, one) in enumerate(quantities.items()):
+            head = (fit.law, fit.rows.split(":")[0], str(fit.n_points)) if index == 0 else ("", "", "")
+            table.add_row(*head, name.replace("r2_log", "R^2 (log-log)"), *_cells(one))
+    return table
 
 
 def _cells(one: "Estimate") -> tuple[str, str]:

@@ -5,9 +5,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT, Array, Law
+from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT, Array, Law, get_law
 from homelab_scaling.fit.resample import FEW_RUNS, MIN_CLUSTERS
-from homelab_scaling.fit.result import Estimate
+from homelab_scaling.fit.result import Estimate, FitReport
 from homelab_scaling.fit.slices import Table, levels
 from homelab_scaling.fit.words import between, listed, number, short
 
@@ -19,6 +19,7 @@ MAX_EXPONENT_WIDTH = 1.0
 MAX_EXPONENT_RATIO = 10.0
 MAX_PREFACTOR_RATIO = 1000.0
 MAX_OFFSET_WIDTH = 0.8
+MAX_SHARE_WIDTH = 0.6
 ZERO_OFFSET = 0.01
 MAX_NAMED_RISES = 6
 
@@ -114,6 +115,9 @@ def unpinned_parameters(
         too_wide = wide(parameter.kind, interval, lowest)
         if too_wide:
             found[parameter.name] = too_wide
+    for prefactor, exponent in zip(law.prefactors, law.exponents, strict=True):
+        if exponent in found:  # they trade off along a ridge: digits of one alone would be invented
+            found.setdefault(prefactor, found[exponent])
     return found
 
 
@@ -130,7 +134,7 @@ def wide(kind: str, interval: tuple[float, float], lowest_loss: float) -> str | 
         return f"{shown}, a factor of more than {MAX_PREFACTOR_RATIO:,.0f}"
     if kind == "offset" and high - low > MAX_OFFSET_WIDTH * lowest_loss:
         return f"{shown}, wider than {100 * MAX_OFFSET_WIDTH:.0f} % of the lowest loss"
-    if kind == "share" and high - low > MAX_OFFSET_WIDTH:
+    if kind == "share" and high - low > MAX_SHARE_WIDTH:
         return f"{shown}, most of 0 to 1"
     return None
 
@@ -189,3 +193,23 @@ def _against_noise(table: Table, below: Rows, above: Rows, rise: float) -> str:
     if len(known) < 2:
         return ""
     return f", {rise / math.hypot(*known):.1f} standard errors of the held-out text"
+
+
+def about_fits(report: FitReport) -> list[str]:
+    """What is weak about the main fits, each sentence once with the laws it is about."""
+    fits = report.main
+    about: dict[str, list[str]] = {}
+    loose = []
+    for fit in fits:
+        title = get_law(fit.law).title
+        for warning in fit.warnings:
+            if not warning.startswith(("the data do not pin down", f"{title} is not fitted")):
+                about.setdefault(warning, []).append(title)
+        names = [name for name in fit.parameters if name in fit.unpinned]
+        if names and fit.is_fitted:
+            reasons = dict.fromkeys(fit.unpinned[name] for name in names if "interval" not in fit.unpinned[name])
+            loose.append(f"{listed(names)} of {title}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    said = [f"{get_law(fit.law).title} is {fit.status}" for fit in fits if not fit.is_fitted]
+    if loose:
+        said.append(f"not pinned down by these data (see their intervals): {'; '.join(loose)}")
+    return said + [f"{listed(where)}: {warning}" for warning, where in about.items()]

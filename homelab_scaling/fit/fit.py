@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit import diagnose
-from homelab_scaling.fit.laws import LAWS, Array, Law, get_law, start_grid
+from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Array, Law, get_law, start_grid
 from homelab_scaling.fit.points import Count, apply_count
 from homelab_scaling.fit.resample import FEW_RUNS, Resamples, clusters, resample
 from homelab_scaling.fit.result import Draws, Estimate, FitReport, ScalingFit, draws_name
@@ -177,7 +177,9 @@ def _report_fit(
     law, losses = problem.law, problem.losses
     estimates = {p: estimate(float(drawn.point[i]), drawn.values[:, i]) for i, p in enumerate(law.names)}
     if law.offset:
-        estimates["E"] = _floored(estimates["E"], float(losses.min()))
+        estimates["E"] = _floored(estimates["E"], 1e-4 * float(losses.min()))
+    for exponent in law.exponents:
+        estimates[exponent] = _floored(estimates[exponent], 2 * MIN_EXPONENT)
     unpinned = diagnose.unpinned_parameters(law, optimum.theta, problem.bounds, estimates, losses)
     derived, loose = _derived(law, drawn, unpinned, float(losses.min()))
     f, _shares = problem.model.value(optimum.theta[None])
@@ -224,7 +226,7 @@ def _derived(
     at_draws = law.derived(drawn.values)
     found, loose = {}, {}
     for name, value in at_point.items():
-        one = estimate(float(value), at_draws[name])
+        one = _floored(estimate(float(value), at_draws[name]), 2 * MIN_EXPONENT)
         reason = next((unpinned[e] for e in law.exponents if e in unpinned and "bound" in unpinned[e]), None)
         if reason is None and one.ci95 is not None:
             reason = diagnose.wide("share" if name in ("a", "b") else "exponent", one.ci95, lowest)
@@ -244,11 +246,11 @@ def estimate(value: float, draws: Array) -> Estimate:
     return Estimate(value=value, se=se if np.isfinite(se) else None, ci95=(low, high))
 
 
-def _floored(e: Estimate, lowest: float) -> Estimate:
-    """E as log E cannot reach 0; what is next to nothing beside the losses is reported as 0."""
+def _floored(e: Estimate, floor: float) -> Estimate:
+    """A parameter kept above 0 by its logarithm or its bound: an end of its interval under `floor` is reported as 0."""
     if e.ci95 is None:
         return e
-    low, high = (0.0 if bound < 1e-4 * lowest else bound for bound in e.ci95)
+    low, high = (0.0 if end < floor else end for end in e.ci95)
     return Estimate(value=e.value, se=e.se, ci95=(low, high))
 
 

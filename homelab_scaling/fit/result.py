@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from homelab_scaling import codec
-from homelab_scaling.errors import DataError
+from homelab_scaling.errors import DataError, MachineError
 from homelab_scaling.fit.laws import Array
 from homelab_scaling.runs import Excluded
 
@@ -55,6 +55,11 @@ class ScalingFit:
     sigma_log: float | None
     """Residual standard deviation of log loss, corrected for the fitted parameters."""
 
+    @property
+    def is_fitted(self) -> bool:
+        """False where the rows could not carry the law at all; `status` then says why."""
+        return self.objective_value is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitReport:
@@ -82,6 +87,11 @@ class FitReport:
         """The first (main) fit of a law."""
         return next((fit for fit in self.fits if fit.law == law), None)
 
+    @property
+    def main(self) -> list[ScalingFit]:
+        """The first fit of each law, fitted or not: L(N) at the largest D, L(D) at the largest N."""
+        return list({fit.law: fit for fit in reversed(self.fits)}.values())[::-1]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
@@ -99,15 +109,22 @@ def draws_name(index: int, law: str) -> str:
 
 
 def save_fit(report: FitReport, folder: Path) -> Path:
-    """Writes fit.json and its draws into `folder` and returns the path of fit.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draws in report.draws.items():
-        temporary = folder / f".{name}.tmp"
-        with open(temporary, "wb") as file:
-            np.savez(file, names=np.array(draws.names), point=draws.point, draws=draws.values)
-        temporary.replace(folder / name)
-    for stale in set(folder.glob("draws_*.npz")) - {folder / name for name in report.draws}:
-        stale.unlink()
+    """Writes fit.json and its draws into `folder` and returns the path of fit.json.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, draws in report.draws.items():
+            temporary = folder / f".{name}.tmp"
+            with open(temporary, "wb") as file:
+                np.savez(file, names=np.array(draws.names), point=draws.point, draws=draws.values)
+            temporary.replace(folder / name)
+        for stale in set(folder.glob("draws_*.npz")) - {folder / name for name in report.draws}:
+            stale.unlink()
+    except OSError as error:
+        raise MachineError(f"{folder}: could not be written ({error.strerror}); choose another --out") from None
     path = folder / "fit.json"
     codec.write_json(path, report)
     return path

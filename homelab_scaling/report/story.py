@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT, get_law
+from homelab_scaling.fit.diagnose import about_fits
+from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT
 from homelab_scaling.fit.result import FitReport, ScalingFit
 from homelab_scaling.fit.slices import levels, tabulate
 from homelab_scaling.fit.words import brief, listed, number, short
@@ -19,7 +20,6 @@ from homelab_scaling.report.words import (
     in_brackets,
     machine_words,
     main_fit,
-    main_fits,
     money,
     plural,
     r2_text,
@@ -88,7 +88,7 @@ def _no_size_law(view: LabView) -> str:
     fit = view.fit.get("power-n") if view.fit else None
     if fit is None:
         why = "no fit has been made"
-    elif fit.status.startswith("not fitted"):
+    elif not fit.is_fitted:
         why = fit.status.removeprefix("not fitted: ")
     else:
         why = next(iter(fit.unpinned.values()), fit.status)
@@ -148,7 +148,7 @@ def _order(view: LabView) -> str | None:
 
 def _joint_law(view: LabView) -> str | None:
     fit = view.fit.get("chinchilla") if view.fit else None
-    if fit is None or fit.status.startswith("not fitted"):
+    if fit is None or not fit.is_fitted:
         return None if fit is None else f"L(N, D) is {fit.status}."
     named = [f"{name} = {number(e.value)}{in_brackets(e)}" for name, e in fit.parameters.items() if e.value is not None]
     loose = [name for name in fit.parameters if name in fit.unpinned]
@@ -201,7 +201,7 @@ def weaknesses(view: LabView) -> list[Block]:
     items = []
     if view.fit is not None:
         items += [sentence(w) for w in view.fit.warnings]
-        items += _about_fits(main_fits(view.fit))
+        items += [sentence(text) for text in about_fits(view.fit)]
         items += [sentence(f"Note: {note}") for note in view.fit.notes]
     items += [sentence(f"From the plan: {w}") for w in view.plan_warnings]
     items += [sentence(m) for m in view.missing]
@@ -222,25 +222,6 @@ def weaknesses(view: LabView) -> list[Block]:
     if len(blocks) == 1:
         blocks.append(Paragraph(text="Nothing was flagged."))
     return blocks
-
-
-def _about_fits(fits: list[ScalingFit]) -> list[str]:
-    """Warnings of the main fits, each once with the laws it is about; what is not pinned down in one line."""
-    about: dict[str, list[str]] = {}
-    loose = []
-    for fit in fits:
-        title = get_law(fit.law).title
-        for warning in fit.warnings:
-            if not warning.startswith(("the data do not pin down", f"{title} is not fitted")):
-                about.setdefault(warning, []).append(title)
-        names = [name for name in fit.parameters if name in fit.unpinned]
-        if names and not fit.status.startswith("not fitted"):
-            reasons = dict.fromkeys(fit.unpinned[name] for name in names if "interval" not in fit.unpinned[name])
-            loose.append(f"{listed(names)} of {title}" + (f" ({'; '.join(reasons)})" if reasons else ""))
-    said = [sentence(f"{get_law(f.law).title} is {f.status}") for f in fits if f.status.startswith("not fitted")]
-    if loose:
-        said.append(sentence(f"Not pinned down by these data (intervals in the table of laws): {'; '.join(loose)}"))
-    return said + [sentence(f"{listed(where)}: {warning}") for warning, where in about.items()]
 
 
 def _excluded(view: LabView) -> list[tuple[str, str]]:

@@ -15,7 +15,6 @@ from homelab_scaling.report.words import (
     known,
     loss_text,
     main_fit,
-    main_fits,
     money,
     plural,
     r2_text,
@@ -145,7 +144,7 @@ def laws(view: LabView) -> list[Block]:
     """The table of parameters, and the same laws at other D or N."""
     if view.fit is None:
         return []
-    main = main_fits(view.fit)
+    main = view.fit.main
     rows = []
     for fit in main:
         law = get_law(fit.law)

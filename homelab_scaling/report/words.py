@@ -9,12 +9,7 @@ from homelab_scaling.runs import Row
 def main_fit(report: FitReport | None, law: str) -> ScalingFit | None:
     """The main fit of a law, where it was fitted at all."""
     fit = report.get(law) if report else None
-    return None if fit is None or fit.status.startswith("not fitted") else fit
-
-
-def main_fits(report: FitReport) -> list[ScalingFit]:
-    """The first fit of each law, fitted or not."""
-    return list({fit.law: fit for fit in reversed(report.fits)}.values())[::-1]
+    return fit if fit is not None and fit.is_fitted else None
 
 
 def in_brackets(e: Estimate) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homelab_scaling import codec
-from homelab_scaling.errors import DataError, SpecError
+from homelab_scaling.errors import DataError, MachineError, SpecError
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.laws import LAWS, get_law
 from homelab_scaling.fit.predict import draws_of, optimal_split, predict_loss, predict_split
@@ -237,6 +237,12 @@ def test_json_has_the_promised_keys_and_survives_the_disk(tmp_path: Path):
     fewer = fit_points(ladder(chinchilla), laws=["power-n"], n_bootstrap=10)
     save_fit(fewer, tmp_path / "fit")
     assert {p.name for p in path.parent.glob("*.npz")} == {f.draws_file for f in fewer.fits}
+
+
+def test_a_file_where_the_folder_should_be_is_a_sentence(tmp_path: Path):
+    (tmp_path / "fit").write_text("")
+    with pytest.raises(MachineError, match="could not be written"):
+        save_fit(fit_points(ladder(chinchilla), laws=["power-n"], n_bootstrap=0), tmp_path / "fit")
 
 
 def test_damaged_draws_are_a_sentence(tmp_path: Path):
