@@ -57,8 +57,8 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor, n_vocab: int) -> Exac
         loss=loss.item(),
         hidden=h.grad,
         weight=w.grad,
-        hidden_scale=float((logits.grad.abs() @ w[:n_vocab].abs()).max()),
-        weight_scale=float((logits.grad.abs().T @ h.abs()).max()),
+        hidden_scale=float((logits.grad.abs() @ w.detach()[:n_vocab].abs()).max()),
+        weight_scale=float((logits.grad.abs().T @ h.detach().abs()).max()),
     )
 
 
@@ -193,7 +193,7 @@ def test_token_losses_are_the_terms_of_the_mean() -> None:
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = make(20, 8, 30)
-    wanted = float(chunked_cross_entropy(hidden, weight, targets, 30, 7))
+    wanted = chunked_cross_entropy(hidden, weight, targets, 30, 7).item()
 
     def refuse(*_: Any) -> None:
         raise AssertionError("made a gradient under no_grad")
@@ -289,7 +289,7 @@ def test_chunks_are_equal_where_they_can_be() -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, from inside the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals
 def test_the_compiled_kernel_agrees(dtype: torch.dtype) -> None:
     hidden, weight, targets = make(100, 16, 201, 23)
     found = {}
@@ -304,7 +304,7 @@ def test_the_compiled_kernel_agrees(dtype: torch.dtype) -> None:
     assert not found[True][2][201:].any()
 
 
-# ------------------------------------------------------------------------------------------------------- two processes
+# ------ two processes
 
 
 class TiedHead(torch.nn.Module):

@@ -40,7 +40,7 @@ def tokens(n_seqs: int = 4, length: int = 32) -> tuple[Tensor, Tensor]:
     return block[:, :-1], block[:, 1:]
 
 
-# -------------------------------------------------------------------------------------------------------------- counts
+# ------ counts
 
 
 @settings(derandomize=True, deadline=None, max_examples=12)
@@ -68,7 +68,7 @@ def test_gpt2_small_has_its_published_size() -> None:
     assert sum(p.numel() for p in model.parameters()) - padding == 124_439_808
 
 
-# ---------------------------------------------------------------------------------------------------------- initial bits
+# ------ initial bits
 
 
 def test_the_seed_alone_decides_the_weights() -> None:
@@ -104,7 +104,7 @@ def test_the_untrained_model_knows_nothing() -> None:
         assert build()(*tokens()).item() == pytest.approx(math.log(N_VOCAB), abs=0.05)
 
 
-# -------------------------------------------------------------------------------------------------- Hugging Face's model
+# ------ Hugging Face's model
 
 
 @pytest.mark.parametrize("shape", [SHAPE, UNTIED])
@@ -151,7 +151,7 @@ def test_bf16_autocast_stays_near_fp32() -> None:
         assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------------- behaviour
+# ------ behaviour
 
 
 def test_no_token_sees_its_future() -> None:
@@ -186,7 +186,7 @@ def test_training_leaves_the_padded_rows_at_zero() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Names of all operations, and the largest number of elements in one result."""
+    """Names of all operations that ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,9 +231,10 @@ def test_the_recorded_attention_kernel_is_the_one_that_runs() -> None:
     assert (sdpa_backend(model, torch.device("cpu")) == "flash_attention") == ran
 
 
-# --------------------------------------------------------------------------------------------------------------- compile
+# ------ compile
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals
 def test_compiling_renames_nothing() -> None:
     model = build()
     names = list(model.state_dict()), [name for name, _ in model.named_parameters()]
@@ -244,7 +245,7 @@ def test_compiling_renames_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing_for_compile()), reason=f"no {' or '.join(missing_for_compile())}")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, from inside the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals
 @pytest.mark.parametrize("loss_path", PATHS)
 def test_the_compiled_model_agrees_and_still_flashes(loss_path: LossPath) -> None:
     x, y = tokens()
