@@ -77,17 +77,17 @@ class DataBench:
         return "\n".join(lines)
 
 
-def run(*, n_rounds: int, say: Callable[[str], None], text_bytes: int = TEXT_BYTES) -> DataBench:
+def run(*, n_rounds: int, say: Callable[[str], None], text_bytes: int | None = None) -> DataBench:
     """Times our encoder (worker start, hashing and writing included) against `tokenizers` on the same text.
 
     Args:
         n_rounds: each runs every contestant once, in alternating order.
         say: told what is going on.
-        text_bytes: of the Python standard library.
+        text_bytes: of the Python standard library [bytes]; None takes 10 MB.
     """
     import tokenizers
 
-    texts = _texts(text_bytes)
+    texts = _texts(text_bytes or TEXT_BYTES)
     n_bytes = sum(len(text.encode()) for text in texts)
     say(f"learning {TOKENIZER} from {n_bytes / 1e6:.1f} MB")
     tokenizer = train_bpe(TOKENIZER, texts)

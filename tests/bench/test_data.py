@@ -10,7 +10,6 @@ from homelab_scaling.bench import data
 
 def test_a_small_race_reports_every_contestant(monkeypatch, capsys) -> None:
     monkeypatch.setattr(data, "TEXT_BYTES", 300_000)
-    monkeypatch.setattr(data.run, "__kwdefaults__", {"text_bytes": 300_000})
     monkeypatch.setattr(data, "_N_BATCHES", 5)
     assert cli.main(["bench", "data", "--rounds", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
