@@ -79,15 +79,19 @@ def collect(lab: Path) -> LabView:
         SpecError: `lab` is no folder.
     """
     missing: list[str] = []
+    plan = _read_plan(lab / "plan.json", missing)
+    planned = {str(run["run_id"]) for run in plan.get("runs") or () if isinstance(run, dict) and "run_id" in run}
+    has_runs = (lab / "runs").is_dir()
+    if not has_runs:
+        missing.append("There is no runs folder: nothing has been trained in this lab yet.")
     runs = []
-    for folder in run_folders(lab) if (lab / "runs").is_dir() or not lab.is_dir() else []:
+    for folder in run_folders(lab) if has_runs or not lab.is_dir() else []:
+        if planned and folder.path.name not in planned:
+            continue  # of an earlier ladder; read_rows lists it among the excluded
         view = _read_run(folder, missing)
         if view is not None:
             runs.append(view)
-    rows, excluded = read_rows(lab) if (lab / "runs").is_dir() else ([], [])
-    if not (lab / "runs").is_dir():
-        missing.append("There is no runs folder: nothing has been trained in this lab yet.")
-    plan = _read_plan(lab / "plan.json", missing)
+    rows, excluded = _read_rows(lab, runs) if has_runs else ([], [])
     fit = _read_fit(lab / "fit" / "fit.json", len(rows), missing)
     return LabView(
         name=lab.resolve().name,
@@ -102,6 +106,14 @@ def collect(lab: Path) -> LabView:
         fit=fit,
         missing=tuple(missing),
     )
+
+
+def _read_rows(lab: Path, runs: list[RunView]) -> tuple[list[Row], list[Excluded]]:
+    """Rows and what is not one; a plan.json that cannot be read must not cost the rows."""
+    try:
+        return read_rows(lab)
+    except HomelabError:
+        return [row for run in runs for row in run.rows], []
 
 
 def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:

@@ -119,13 +119,15 @@ def loss_against_steps(plt: Any, view: LabView, theme: Theme) -> Any:
         end = (last.steps[-1], float(_smooth(last, width)[1][-1]))
         if run.rows:
             end = (run.rows[-1].n_steps, run.rows[-1].loss_nats)
-        text = run.rung if run.status == "finished" else f"{run.rung} ({run.status})"
+        text = run.rung + (f" seed {run.seed}" if len({r.seed for r in runs}) > 1 else "")
+        text += "" if run.status == "finished" else f" ({run.status})"
         if run.status == "diverged":
             axes.plot(*end, marker="X", ms=9, color="#d1495b", mec=theme.background, zorder=6)
         labels.append((*end, text, colour))
     spread = max(visible) - min(visible)
     axes.set_ylim(min(visible) - 0.06 * spread, max(visible) + 0.06 * spread)
-    axes.set_xlim(0, longest * 1.01)
+    reached = max([longest, *(row.n_steps for run in runs for row in run.rows)])
+    axes.set_xlim(0, reached * 1.012)
     axes.set_xlabel("Optimizer step")
     axes.set_ylabel("Loss (nats per token)")
     axes.set_title("Loss against steps")
@@ -181,18 +183,18 @@ def loss_against_compute(plt: Any, view: LabView, theme: Theme) -> Any:
     axes.plot(flops[best], losses[best], "o", ms=10.5, mfc="none", mec=theme.text, mew=1.1, zorder=6, label="frontier")
     low, high = float(flops.min()) / 1.6, float(flops.max()) * 1.6
     _frontier_line(axes, view.fit, (low, high), theme)
-    for run in view.runs:
-        if run.rows:
-            axes.annotate(
-                run.rung,
-                (run.rows[-1].flops, run.rows[-1].loss_nats),
-                xytext=(9, 7),
-                textcoords="offset points",
-                color=colours[run.n_params],
-                fontsize=9.5,
-                zorder=7,
-                path_effects=[withStroke(linewidth=3, foreground=theme.background)],
-            )
+    for size in sorted({row.n_params for row in view.rows}):
+        last = max((row for row in view.rows if row.n_params == size), key=lambda r: (r.flops, -r.loss_nats))
+        axes.annotate(
+            last.rung,
+            (last.flops, last.loss_nats),
+            xytext=(9, 7),
+            textcoords="offset points",
+            color=colours[size],
+            fontsize=9.5,
+            zorder=7,
+            path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)

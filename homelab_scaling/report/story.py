@@ -91,7 +91,7 @@ def _no_size_law(view: LabView) -> str:
     elif not fit.is_fitted:
         why = fit.status.removeprefix("not fitted: ")
     else:
-        why = next(iter(fit.unpinned.values()), fit.status)
+        why = f"its exponent is not pinned down ({next(iter(fit.unpinned.values()), fit.status)})"
     best = min(view.rows, key=lambda r: r.loss_nats)
     return (
         f"{len(view.rows)} row{plural(len(view.rows))} measured on {machine_words(view)}, the lowest loss "

@@ -60,7 +60,9 @@ def themed(theme: Theme) -> Iterator[Any]:
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.titlepad": 12,
-        "legend.frameon": False,
+        "legend.facecolor": theme.background,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.8,
         "legend.fontsize": 9.5,
         "lines.linewidth": 1.6,
         "figure.dpi": DPI,
@@ -135,6 +137,8 @@ def _powers(low: float, high: float, mantissas: tuple[float, ...]) -> list[float
 
 def label_lines(axes: Any, labels: Sequence[tuple[float, float, str, Any]], *, gap_points: float = 12.5) -> None:
     """Writes (x, y, text, colour) labels right of their points, moved apart vertically where they would overlap."""
+    from matplotlib.patheffects import withStroke
+
     if not labels:
         return
     figure = axes.figure
@@ -156,6 +160,8 @@ def label_lines(axes: Any, labels: Sequence[tuple[float, float, str, Any]], *, g
             color=colour,
             fontsize=9.5,
             annotation_clip=False,
+            zorder=8,
+            path_effects=[withStroke(linewidth=3, foreground=axes.get_facecolor())],
         )
 
 

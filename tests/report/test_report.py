@@ -244,6 +244,15 @@ def test_plan_and_corpus_are_used_where_they_are(full, tmp_path: Path):
     assert "9.00M training" in text and "3.00 bytes per token" in text and "2 % of the packages by hash" in text
 
 
+def test_runs_of_an_earlier_ladder_are_left_out(full, tmp_path: Path):
+    lab = tmp_path / "quickstart"
+    shutil.copytree(full, lab)
+    runs = sorted(p.name for p in (lab / "runs").iterdir())
+    codec.write_json(lab / "plan.json", {"runs": [{"run_id": name} for name in runs[1:]]})
+    view = collect(lab)
+    assert sorted(run.run_id for run in view.runs) == runs[1:]
+
+
 def test_no_lab_and_no_room_are_one_sentence(tmp_path: Path, capsys):
     with pytest.raises(SpecError, match="no such lab"):
         write_report(tmp_path / "absent")
