@@ -198,12 +198,26 @@ def run_folders(lab: Path) -> list[RunFolder]:
     return [RunFolder(p) for p in sorted(runs.iterdir()) if p.is_dir() and not p.name.startswith(".")]
 
 
+def planned_run_ids(lab: Path) -> frozenset[str]:
+    """The runs that LAB/<ladder>/plan.json names; empty where there is no plan, or one made before the shards."""
+    path = lab / "plan.json"
+    if not path.exists():
+        return frozenset()
+    plain = codec.read_plain_json(path)
+    runs = plain.get("runs", []) if isinstance(plain, dict) else []
+    return frozenset(str(run["run_id"]) for run in runs if isinstance(run, dict) and "run_id" in run)
+
+
 def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
     """Every row of every record, and what did not become one."""
     rows: list[Row] = []
     excluded: list[Excluded] = []
+    planned = planned_run_ids(lab)
     for folder in run_folders(lab):
         name = folder.path.name
+        if planned and name not in planned:
+            excluded.append(Excluded(row_id=name, reason="not in the current plan.json: the ladder was changed since"))
+            continue
         try:
             record = folder.read_record()
         except SpecError as error:

@@ -53,7 +53,7 @@ class DataTable:
     """[data]: which text, cut into which tokens."""
 
     sources: tuple[str, ...] = ("python",)
-    """Files, folders, `python` or `hf:NAME[:CONFIG]`, as in `homelab corpus`."""
+    """Files and folders (relative to the ladder file), `python` or `hf:NAME[:CONFIG]`, as in `homelab corpus`."""
     tokenizer: str = "bpe:2048"
     """`bytes`, `bpe:N`, `gpt2` or the path of a tokenizer.json."""
     shards: str | None = None

@@ -7,6 +7,7 @@ Launch the same line again to resume. How the run ended is `status` in its recor
 exit code into 1. Read homelab_scaling/train/loop.py for what happens inside.
 """
 
+import os
 import sys
 import time
 
@@ -17,9 +18,10 @@ from pathlib import Path  # noqa: E402
 from typing import Literal  # noqa: E402
 
 from homelab_scaling import cli, codec  # noqa: E402
-from homelab_scaling.errors import HomelabError, UserError  # noqa: E402
+from homelab_scaling.errors import HomelabError, RunFailed, Stopped, UserError  # noqa: E402
 from homelab_scaling.runs import RunFolder  # noqa: E402
 from homelab_scaling.specs import RunSpec  # noqa: E402
+from homelab_scaling.sweep.local import RECORD_TELLS  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,8 @@ def main(argv: list[str]) -> int:
             train(spec, folder, started=STARTED)
     except HomelabError as error:
         print(f"pretrain: {error}", file=sys.stderr)
-        return error.exit_code
+        told = RECORD_TELLS in os.environ and isinstance(error, Stopped | RunFailed)
+        return 0 if told else error.exit_code
     return 0
 
 

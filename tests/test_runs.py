@@ -182,3 +182,15 @@ def test_a_run_folder_lets_one_process_in_and_frees_itself_when_that_dies(lab: P
         pass
     with folder.lock():  # and a lock given back can be taken again
         pass
+
+
+def test_runs_of_an_older_ladder_are_excluded_by_name(lab: Path) -> None:
+    for run_id in ("kept", "old"):
+        row = dataclasses.replace(ROW, run_id=run_id, row_id=f"{run_id}@1000")
+        codec.write_json(lab / "runs" / run_id / "record.json", dataclasses.replace(RECORD, run_id=run_id, rows=(row,)))
+    codec.write_json(lab / "plan.json", {"runs": [{"run_id": "kept"}]})
+    rows, excluded = read_rows(lab)
+    assert [row.run_id for row in rows] == ["kept"]
+    assert [(e.row_id, "ladder was changed" in e.reason) for e in excluded] == [("old", True)]
+    codec.write_json(lab / "plan.json", {"runs": []})  # planned before the shards: says nothing about runs
+    assert len(read_rows(lab)[0]) == 2

@@ -38,5 +38,7 @@ def between(low: float, high: float) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """a; a and b; a, b and c."""
+    """a; a and b; a, b and c; nothing for nothing."""
+    if not names:
+        return ""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

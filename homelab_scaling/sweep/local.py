@@ -18,10 +18,13 @@ from types import FrameType
 
 from homelab_scaling import codec
 from homelab_scaling.box import Box
-from homelab_scaling.runs import RunFolder, RunRecord
+from homelab_scaling.runs import RunFolder, RunRecord, RunStatus
 from homelab_scaling.specs import RunSpec
 
 Run = tuple[RunSpec, RunFolder]
+
+RECORD_TELLS = "HOMELAB_RECORD_TELLS"
+"""Set for ranks we launch: an end that record.json tells needs no exit code, which launchers answer with tracebacks."""
 
 GIVE_UP_S = 300.0
 """After a request to stop, how long ranks may take to write a checkpoint before the group is killed."""
@@ -42,6 +45,14 @@ class Outcome:
         return 75 if self.stopped else 1 if self.failed else 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How one launch ended."""
+
+    status: RunStatus
+    reason: str | None
+
+
 def run_all(runs: list[Run], box: Box, say: Callable[[str], None]) -> Outcome:
     """Runs everything that is not finished, in order; a failed run does not stop the others.
 
@@ -52,19 +63,19 @@ def run_all(runs: list[Run], box: Box, say: Callable[[str], None]) -> Outcome:
     with _StopRequest() as stop:
         for number, (spec, folder) in enumerate(runs, start=1):
             record = folder.read_record()
-            if record is None or record.status not in ("finished", "diverged"):
-                say(f"[{number}/{len(runs)}] {spec.run_id}")
-                record = launch(spec, folder, box, stop)
-            else:
+            if record is not None and record.status in ("finished", "diverged"):
                 say(f"[{number}/{len(runs)}] {spec.run_id}: {record.status} before, not repeated")
-            if record is not None and record.status == "finished":
+                ended = Ended(status=record.status, reason=record.reason)
+            else:
+                say(f"[{number}/{len(runs)}] {spec.run_id}")
+                ended = launch(spec, folder, box, stop)
+            if ended.status == "finished":
                 finished.append(spec.run_id)
-            elif stop.asked or (record is not None and record.status == "stopped"):
+            elif ended.status == "stopped":
                 return Outcome(finished=tuple(finished), failed=failed, stopped=True)
             else:
-                reason = (record.reason if record else None) or "it left no record"
-                failed[spec.run_id] = reason
-                say(f"{spec.run_id}: {record.status if record else 'failed'}: {reason}")
+                failed[spec.run_id] = f"{ended.status}: {ended.reason}"
+                say(f"{spec.run_id}: {failed[spec.run_id]}")
     return Outcome(finished=tuple(finished), failed=failed, stopped=False)
 
 
@@ -78,6 +89,7 @@ def launch_command(spec: RunSpec, folder: RunFolder, box: Box) -> list[str]:
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *mode,
+        "--quiet",  # its own traceback about a child's exit code says nothing that the record does not
         *("--num_processes", str(ranks), "--num_machines", "1", "--machine_rank", "0"),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--num_cpu_threads_per_process", str(max(1, box.n_cores // ranks))),
@@ -118,15 +130,14 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
-def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> RunRecord | None:
-    """Launches one run, waits for it, returns its record; a trainer that died without a word is recorded as failed."""
+def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> Ended:
+    """Launches one run and waits for it; a trainer that died without a word is recorded as failed."""
     if stop.asked:
-        return folder.read_record()
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    began = time.time()
+        return Ended(status="stopped", reason="not started")
+    before = folder.read_record()
     # Its own session: the terminal's Ctrl-C reaches us alone, and we tell the ranks.
     process = subprocess.Popen(
-        launch_command(spec, folder, box), start_new_session=True, stdout=sys.stderr, env=environment
+        launch_command(spec, folder, box), start_new_session=True, stdout=sys.stderr, env=_environment()
     )
     told_at: float | None = None
     while process.poll() is None:
@@ -134,14 +145,25 @@ def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> Ru
             process.wait(timeout=0.2)
         if stop.asked and told_at is None:
             told_at = time.monotonic()
-            _ask_to_stop(process.pid, folder, began)
+            _ask_to_stop(process.pid, folder)
         elif told_at is not None and (stop.times > 1 or time.monotonic() - told_at > GIVE_UP_S):
             _kill_group(process.pid, signal.SIGKILL)
-    _wait_for_ranks(process.pid, folder, began)
-    return _settled_record(spec, folder, process.returncode, stop.asked)
+    _wait_for_ranks(process.pid, folder)
+    return _settle(folder, before, process.returncode, stop.asked)
 
 
-def _ranks(session: int, folder: RunFolder, began: float) -> Iterator[int]:
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        # Threads that spin at barriers make a tiny model ten times slower as soon as anything else wants a core.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        RECORD_TELLS: "1",
+    }
+
+
+def _ranks(session: int, folder: RunFolder) -> Iterator[int]:
     """Pids of the trainer's ranks that are alive and belong to this launch."""
     segments = [e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"]
     for pid in segments[-1]["pids"] if segments else []:
@@ -150,8 +172,8 @@ def _ranks(session: int, folder: RunFolder, began: float) -> Iterator[int]:
                 yield pid
 
 
-def _ask_to_stop(session: int, folder: RunFolder, began: float) -> None:
-    ranks = list(_ranks(session, folder, began))
+def _ask_to_stop(session: int, folder: RunFolder) -> None:
+    ranks = list(_ranks(session, folder))
     if not ranks:  # still importing: nothing of this segment can be lost
         _kill_group(session, signal.SIGTERM)
     for pid in ranks:
@@ -164,26 +186,30 @@ def _kill_group(session: int, number: int) -> None:
         os.killpg(session, number)
 
 
-def _wait_for_ranks(session: int, folder: RunFolder, began: float) -> None:
+def _wait_for_ranks(session: int, folder: RunFolder) -> None:
     """A launcher can die before its ranks; they still hold the run's folder and may be writing a checkpoint."""
     deadline = time.monotonic() + GIVE_UP_S
-    while any(True for _ in _ranks(session, folder, began)):
+    while any(True for _ in _ranks(session, folder)):
         if time.monotonic() > deadline:
             _kill_group(session, signal.SIGKILL)
             return
         time.sleep(0.2)
 
 
-def _settled_record(spec: RunSpec, folder: RunFolder, returncode: int, asked: bool) -> RunRecord | None:
-    """The record, with a "running" that nobody is running any more put right."""
+def _settle(folder: RunFolder, before: RunRecord | None, returncode: int, asked: bool) -> Ended:
+    """What the record says, with a "running" that nobody runs any more put right."""
     record = folder.read_record()
-    if record is None or record.status != "running":
-        return record
-    reason = (
-        "stopped before its first checkpoint of this launch"
+    if record is None or (record == before and returncode):  # refused before it began: nothing was written
+        if asked:
+            return Ended(status="stopped", reason="stopped before it began")
+        return Ended(status="failed", reason=f"the launch ended with exit code {returncode} before training began")
+    if record.status != "running":
+        return Ended(status=record.status, reason=record.reason)
+    ended = Ended(
+        status="stopped" if asked else "failed",
+        reason="stopped before this launch's first checkpoint"
         if asked
-        else f"the trainer died (launcher exit code {returncode})"
+        else f"the trainer died (launcher exit code {returncode}); run again to go on from its last checkpoint",
     )
-    settled = replace(record, status="stopped" if asked else "failed", reason=reason)
-    codec.write_json(folder.record, settled)
-    return settled
+    codec.write_json(folder.record, replace(record, status=ended.status, reason=ended.reason))
+    return ended

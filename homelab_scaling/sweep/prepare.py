@@ -7,6 +7,7 @@ from pathlib import Path
 
 from homelab_scaling import codec
 from homelab_scaling.box import Box, detect_box
+from homelab_scaling.data.progress import show_progress
 from homelab_scaling.data.shards import build_shards, open_shards
 from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.cost import measured_rates
@@ -60,15 +61,18 @@ def ensure_corpus(experiment: Experiment) -> CorpusManifest:
     data = experiment.ladder.data
     if data.shards is not None:
         return open_shards(experiment.shards).manifest
-    return build_shards(
-        data.sources,
-        data.tokenizer,
-        experiment.shards,
-        text_field=data.text_field,
-        val_frac=data.val_frac,
-        max_bytes=data.max_bytes,
-        progress=True,
-    )
+    here = experiment.ladder_file.parent
+    named = data.tokenizer in ("bytes", "gpt2") or data.tokenizer.startswith("bpe:")
+    with show_progress() as progress:
+        return build_shards(
+            [s if s == "python" or s.startswith("hf:") else str((here / s).resolve()) for s in data.sources],
+            data.tokenizer if named else str((here / data.tokenizer).resolve()),
+            experiment.shards,
+            text_field=data.text_field,
+            val_frac=data.val_frac,
+            max_bytes=data.max_bytes,
+            progress=progress,
+        )
 
 
 def make_plan(experiment: Experiment, corpus: CorpusManifest | None) -> Plan:
