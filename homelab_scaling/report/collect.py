@@ -113,7 +113,11 @@ def _read_rows(lab: Path, runs: list[RunView]) -> tuple[list[Row], list[Excluded
     try:
         return read_rows(lab)
     except HomelabError:
-        return [row for run in runs for row in run.rows], []
+        unfinished = [run for run in runs if run.status != "finished"]
+        return [row for run in runs for row in run.rows], [
+            Excluded(row_id=run.run_id, reason=f"{run.status}: {run.record.reason if run.record else 'none readable'}")
+            for run in unfinished
+        ]
 
 
 def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:

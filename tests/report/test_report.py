@@ -208,6 +208,8 @@ def test_missing_pieces_are_said(full, tmp_path: Path):
     record.write_text(json.dumps(plain))
     assert "the lab now holds 13: run `homelab fit` again" in " ".join(collect(lab).missing)
     record.write_text("[]")
+    assert f"{run.name} | no record: none readable" in told(lab)
+    (lab / "plan.json").unlink()
     assert "unreadable record" in told(lab)
     (lab / "fit" / "fit.json").unlink()
     text = told(lab)
