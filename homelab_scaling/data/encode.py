@@ -1,14 +1,19 @@
-"""Documents to token ids over worker processes: results in order, a bounded number of batches in flight."""
+"""Documents to token ids over worker processes: results in order, a bounded number of batches in flight.
 
-import multiprocessing
-import multiprocessing.connection
+The workers are plain Python processes that talk pickle over their stdin and stdout. multiprocessing is not used: its
+start methods run the caller's main module again or fork a process that has Rust threads, and its pool hangs when a
+worker dies while a batch is on its way.
+"""
+
 import os
-import signal
+import pickle
+import queue
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +61,7 @@ def choose_workers(n_workers: int | None, tokenizer: Tokenizer, n_bytes: int) ->
 def encode_batches(
     batches: Iterable[Batch], tokenizer: Tokenizer, dtype: npt.DTypeLike, n_workers: int
 ) -> Iterator[Encoded]:
-    """Each batch encoded, in order; at most 2 n_workers + 2 batches are in memory.
+    """Each batch encoded, in order; at most 2 n_workers + 1 batches are in memory.
 
     Raises:
         MachineError: a worker died.
@@ -65,26 +70,21 @@ def encode_batches(
         for batch in batches:
             yield _encode(batch, tokenizer, np.dtype(dtype))
         return
-    pool = ProcessPoolExecutor(
-        n_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork of a process with Rust threads may hang
-        initializer=_start_worker,
-        initargs=(tokenizer, np.dtype(dtype)),
-    )
-    pending: deque[Future[Encoded]] = deque()
+    workers = [_Worker() for _ in range(n_workers)]
+    pending: deque[_Worker] = deque()
     try:
-        for batch in batches:
-            pending.append(pool.submit(_work, batch))
-            if len(pending) > 2 * n_workers + 1:
-                yield pending.popleft().result()
+        for worker in workers:
+            worker.send((tokenizer, np.dtype(dtype)))
+        for number, batch in enumerate(batches):
+            pending.append(workers[number % n_workers])
+            pending[-1].send(batch)
+            if len(pending) > 2 * n_workers:
+                yield pending.popleft().receive()
         while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise MachineError(
-            "a worker process that encodes text died (killed, or out of memory); run again with fewer --workers"
-        ) from None
+            yield pending.popleft().receive()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in workers:
+            worker.close()
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoded:
@@ -97,25 +97,66 @@ def _encode(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoded
     return Encoded(train=train, val=val, n_bytes=batch.n_bytes)
 
 
-_worker: tuple[Tokenizer, np.dtype[Any]] | None = None  # one per worker process, set once by its initializer
+class _Worker:
+    """One process that runs `serve`; it ends when we close its stdin, or die."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},  # the processes are the parallelism
+            process_group=0,  # Ctrl-C is for us; we end the workers
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+
+    def send(self, item: Any) -> None:
+        try:
+            pickle.dump(item, self._in, protocol=pickle.HIGHEST_PROTOCOL)
+            self._in.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def receive(self) -> Encoded:
+        try:
+            encoded: Encoded = pickle.load(self._out)
+        except (EOFError, pickle.UnpicklingError):
+            raise self._died() from None
+        return encoded
+
+    def _died(self) -> MachineError:
+        code = self._process.wait()
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return MachineError(
+            f"a worker process that encodes text died ({how}; signal 9 is often a lack of memory); run again, with "
+            "fewer --workers if it repeats"
+        )
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._in, self._out):
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
-def _start_worker(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
-    global _worker  # noqa: PLW0603
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = tokenizer, dtype
+def serve() -> None:
+    """A worker's life: a tokenizer and a dtype, then batches in and ids out, until stdin ends."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the pickles
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(inbox,), daemon=True).start()
+    tokenizer, dtype = inbox.get()
+    while True:
+        pickle.dump(_encode(inbox.get(), tokenizer, dtype), out, protocol=pickle.HIGHEST_PROTOCOL)
+        out.flush()
 
 
-def _die_with_parent() -> None:
-    """A pool's workers wait forever if their parent is killed; these end with it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _work(batch: Batch) -> Encoded:
-    assert _worker is not None
-    return _encode(batch, *_worker)
+def _receive(inbox: "queue.SimpleQueue[Any]") -> None:
+    """Takes batches in while others are encoded, so that the parent's writing never waits for its own reading."""
+    try:
+        while True:
+            inbox.put(pickle.load(sys.stdin.buffer))
+    except EOFError:
+        os._exit(0)  # the parent is done with us, or gone
