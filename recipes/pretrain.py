@@ -15,7 +15,7 @@ STARTED = time.monotonic()
 
 from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Literal  # noqa: E402
+from typing import Any, Literal  # noqa: E402
 
 from homelab_scaling import cli, codec  # noqa: E402
 from homelab_scaling.errors import HomelabError, RunFailed, Stopped, UserError  # noqa: E402
@@ -66,7 +66,7 @@ def specs_of(args: Args) -> list[tuple[RunSpec, RunFolder]]:
 
 def with_overrides(spec: RunSpec, args: Args) -> RunSpec:
     """The spec with this launch's execution settings; its science cannot change."""
-    given = {
+    given: dict[str, Any] = {
         "n_processes": args.processes,
         "microbatch_seqs_per_rank": args.microbatch,
         "device": args.device,

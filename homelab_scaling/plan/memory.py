@@ -80,8 +80,14 @@ def loss_chunk_rows(n_tokens: int, n_vocab: int) -> int:
     return min(max(MIN_CHUNK_ROWS, affordable), n_tokens)
 
 
-def choose_loss_path(n_tokens_microbatch: int, n_vocab: int) -> LossPath:
-    """`chunked` when one micro-batch's fp32 logits exceed the memory budget; otherwise one chunk holds them all."""
+def choose_loss_path(n_tokens_microbatch: int, n_vocab: int, *, on_gpu: bool) -> LossPath:
+    """The stated rule for `loss = "auto"`.
+
+    On a CPU always `chunked`: its softmax stays in cache (measured 1.5 to 3 times the speed of all rows at once). On a
+    GPU `chunked` when one micro-batch's fp32 logits exceed the memory budget; below it, one chunk would hold them all.
+    """
+    if not on_gpu:
+        return "chunked"
     return "chunked" if 4 * n_tokens_microbatch * pad_vocab(n_vocab) > LOSS_CHUNK_BYTES else "plain"
 
 
@@ -171,7 +177,7 @@ def largest_microbatch(
             microbatch_seqs=seqs,
             n_processes=n_processes,
             precision=precision,
-            loss_path=loss_path or choose_loss_path(tokens, n_vocab),
+            loss_path=loss_path or choose_loss_path(tokens, n_vocab, on_gpu=True),
         )
         if need.total_bytes <= CARD_SHARE * card_bytes:
             return seqs

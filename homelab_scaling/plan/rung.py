@@ -346,7 +346,9 @@ def _processes(given: Given, name: str, batch_seqs: int) -> int:
 
 def _loss_path(given: Given, microbatch_tokens: int) -> LossPath:
     asked = given.ladder.train.loss
-    return memory.choose_loss_path(microbatch_tokens, given.n_vocab) if asked == "auto" else asked
+    return (
+        memory.choose_loss_path(microbatch_tokens, given.n_vocab, on_gpu=given.box.on_gpu) if asked == "auto" else asked
+    )
 
 
 def _warn_too_large(given: Given, name: str, need: VramEstimate, card: int, best: int | None) -> None:

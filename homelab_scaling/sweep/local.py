@@ -114,16 +114,18 @@ class _StopRequest:
     """Remembers SIGTERM and Ctrl-C while runs are launched, instead of dying from them."""
 
     def __init__(self) -> None:
-        self.asked = False
-        self.times = 0
+        self._times = 0
+
+    def asked(self, at_least: int = 1) -> bool:
+        """Whether it was asked for, and that often (a second Ctrl-C means now)."""
+        return self._times >= at_least
 
     def __enter__(self) -> "_StopRequest":
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        self.times += 1
+        self._times += 1
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -132,7 +134,7 @@ class _StopRequest:
 
 def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> Ended:
     """Launches one run and waits for it; a trainer that died without a word is recorded as failed."""
-    if stop.asked:
+    if stop.asked():
         return Ended(status="stopped", reason="not started")
     before = folder.read_record()
     # Its own session: the terminal's Ctrl-C reaches us alone, and we tell the ranks.
@@ -143,13 +145,13 @@ def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> En
     while process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
-        if stop.asked and told_at is None:
+        if stop.asked() and told_at is None:
             told_at = time.monotonic()
             _ask_to_stop(process.pid, folder)
-        elif told_at is not None and (stop.times > 1 or time.monotonic() - told_at > GIVE_UP_S):
+        elif told_at is not None and (stop.asked(2) or time.monotonic() - told_at > GIVE_UP_S):
             _kill_group(process.pid, signal.SIGKILL)
     _wait_for_ranks(process.pid, folder)
-    return _settle(folder, before, process.returncode, stop.asked)
+    return _settle(folder, before, process.returncode, stop.asked())
 
 
 def _environment() -> dict[str, str]:

@@ -54,7 +54,11 @@ class Evaluator:
         self.stream = shards.val
         self.context = context_tokens
         windows = validation_windows(len(shards.val), context_tokens, n_tokens)
-        documents = document_ids(shards.val, windows, context_tokens, shards.manifest.eot_id)
+        eot_id = shards.manifest.eot_id
+        if eot_id is None:  # documents cannot be told apart: one document, and so no standard error
+            documents = np.zeros((len(windows), context_tokens), dtype=np.int64)
+        else:
+            documents = document_ids(shards.val, windows, context_tokens, eot_id)
         # Numbered from 0 over the whole set, so that every rank's sums have the same length and meaning.
         _, renumbered = np.unique(documents, return_inverse=True)
         renumbered = renumbered.reshape(documents.shape)

@@ -81,8 +81,8 @@ class LanguageModel(nn.Module):
         """What GPT2Model.forward computes, less its search for packed sequences.
 
         That search reads a device flag on the host in every forward pass, and under torch.compile it builds a 4-D mask,
-        which rules out SDPA's flash kernel; without a mask the blocks pass is_causal instead. Positions are a slice of
-        the table, whose gradient is a plain sum and not a scatter.
+        which rules out SDPA's flash kernel on GPUs; without a mask the blocks pass is_causal instead. Positions are a
+        slice of the table, whose gradient is a plain sum and not a scatter.
         """
         gpt2 = self.transformer
         hidden_BTD = gpt2.wte(x_BT) + gpt2.wpe.weight[: x_BT.shape[1]]

@@ -42,7 +42,7 @@ class MaskedAdamW:
             eps=optim.eps,
             fused=True,
         )
-        self._eight_bit = _eight_bit_adamw(_groups(eight, optim), optim) if eight else None
+        self._eight_bit: Any = _eight_bit_adamw(_groups(eight, optim), optim) if eight else None
 
     @property
     def _optimizers(self) -> list[Any]:
@@ -64,7 +64,7 @@ class MaskedAdamW:
             self._step_8bit(finite)
 
     def _step_8bit(self, finite: Tensor) -> None:
-        optimizer = self._eight_bit
+        optimizer: Any = self._eight_bit
         if not self.on_cuda and not bool(finite):  # the CPU kernel has no mask, and reading the flag there is free
             return
         if not optimizer.initialized:
@@ -113,7 +113,7 @@ class MaskedAdamW:
             self._restore_code_books()
 
     def _restore_code_books(self) -> None:
-        optimizer = self._eight_bit
+        optimizer: Any = self._eight_bit
         if "dynamic" not in optimizer.name2qmap:
             optimizer.fill_qmap()
         for p, state in optimizer.state.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from homelab_scaling import __version__
 from homelab_scaling.box import has_compiler
 from homelab_scaling.errors import MachineError, SpecError
-from homelab_scaling.plan.memory import choose_loss_path
+from homelab_scaling.plan.memory import LossPath, choose_loss_path
 from homelab_scaling.runs import Machine
 from homelab_scaling.specs import ExecutionSpec, RunSpec
 
@@ -25,7 +25,7 @@ class Choices:
 
     compile: bool
     compile_reason: str
-    loss_path: str
+    loss_path: LossPath
     loss_reason: str
 
 
@@ -92,10 +92,11 @@ def choose(spec: RunSpec, on_gpu: bool) -> Choices:
     """Resolves the `auto` execution settings by their stated rules."""
     science, execution = spec.science, spec.execution
     compile_it, compile_reason = choose_compile(execution, science.shape.n_layer, on_gpu, has_compiler())
+    path: LossPath
     if execution.loss == "auto":
         n_tokens = execution.microbatch_seqs_per_rank * science.shape.context_tokens
-        path = choose_loss_path(n_tokens, science.n_vocab)
-        loss_reason = "by the size of one micro-batch's logits"
+        path = choose_loss_path(n_tokens, science.n_vocab, on_gpu=on_gpu)
+        loss_reason = "by the size of one micro-batch's logits" if on_gpu else "its softmax stays in cache"
     else:
         path, loss_reason = execution.loss, "as asked"
     return Choices(compile=compile_it, compile_reason=compile_reason, loss_path=path, loss_reason=loss_reason)

@@ -61,9 +61,10 @@ def test_chunk_rows_follow_the_budget_and_nothing_else() -> None:
 
 def test_the_loss_path_changes_where_the_logits_outgrow_the_budget() -> None:
     at_most = memory.LOSS_CHUNK_BYTES // (4 * 2048)
-    assert choose_loss_path(at_most, 2048) == "plain"
-    assert choose_loss_path(at_most + 1, 2048) == "chunked"
-    assert choose_loss_path(8 * 1024, VOCAB) == "chunked"
+    assert choose_loss_path(at_most, 2048, on_gpu=True) == "plain"
+    assert choose_loss_path(at_most + 1, 2048, on_gpu=True) == "chunked"
+    assert choose_loss_path(8 * 1024, VOCAB, on_gpu=True) == "chunked"
+    assert choose_loss_path(128, 257, on_gpu=False) == "chunked", "on a CPU it is the faster one at any size"
 
 
 @settings(derandomize=True, deadline=None)
@@ -88,7 +89,7 @@ def test_the_micro_batch_divides_fits_and_is_the_largest(
         cap = memory.MAX_MICROBATCH_TOKENS_CPU if card is None else memory.MAX_MICROBATCH_TOKENS_GPU
         if tokens > cap and micro > 1:
             return False
-        path = choose_loss_path(tokens, VOCAB)
+        path = choose_loss_path(tokens, VOCAB, on_gpu=True)
         need = predict_vram(shape, VOCAB, microbatch_seqs=micro, loss_path=path, **common)
         return card is None or need.total_bytes <= 0.9 * card
 
