@@ -10,6 +10,8 @@ from pathlib import Path
 
 from homelab_scaling.watch.gpu import Card, list_cards
 
+PATH_WITHOUT_SPACES = "a path without spaces"  # Inductor hands torch's own folder to the linker unquoted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
@@ -70,6 +72,8 @@ def missing_for_compile() -> list[str]:
         missing.append("a C++ compiler")
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         missing.append("Python.h")
+    if " " in sysconfig.get_paths()["purelib"]:
+        missing.append(PATH_WITHOUT_SPACES)
     return missing
 
 

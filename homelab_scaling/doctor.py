@@ -225,12 +225,14 @@ def judge_compile(facts: Facts) -> Finding:
     """Whether torch.compile has what it needs from the system."""
     if not facts.missing_for_compile:
         return Finding(topic="compile", status="ok", found="C and C++ compilers and Python.h are here")
-    headers = f"python{facts.python[0]}.{facts.python[1]}-dev"
+    remedy = f"run `sudo apt install build-essential python{facts.python[0]}.{facts.python[1]}-dev`"
+    if this_box.PATH_WITHOUT_SPACES in facts.missing_for_compile:
+        remedy = "clone the project into a folder without spaces in its name"
     return Finding(
         topic="compile",
         status="warn",
         found=f"{' and '.join(facts.missing_for_compile)} missing: runs train without torch.compile, slower",
-        remedy=f"run `sudo apt install build-essential {headers}`",
+        remedy=remedy,
     )
 
 

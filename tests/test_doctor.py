@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from homelab_scaling import doctor
-from homelab_scaling.box import Box, describe_box, missing_for_compile, visible_cards
+from homelab_scaling.box import PATH_WITHOUT_SPACES, Box, describe_box, missing_for_compile, visible_cards
 from homelab_scaling.doctor import GIB, Facts, Finding, TorchProbe
 from homelab_scaling.watch.gpu import Card
 
@@ -98,6 +98,14 @@ def test_a_box_without_a_card_is_warned_and_not_failed() -> None:
         (GOOD, {"bitsandbytes_error": "no library"}, "adamw8bit", "fail", "no library", "[optim]"),
         (NO_CARD, {"bitsandbytes_error": "no library"}, "adamw8bit", "warn", "no library", "[optim]"),
         (GOOD, {"missing_for_compile": ("Python.h",)}, "compile", "warn", "Python.h missing", "python3.12-dev"),
+        (
+            GOOD,
+            {"missing_for_compile": (PATH_WITHOUT_SPACES,)},
+            "compile",
+            "warn",
+            "without spaces",
+            "clone the project",
+        ),
         (GOOD, {"disk_free_bytes": 5 * GIB}, "disk", "warn", "5.0 GiB free for lab", "free some space"),
         (GOOD, {"disk_free_bytes": GIB // 2}, "disk", "fail", "0.5 GiB", "free some space"),
         (GOOD, {"memory_free_bytes": GIB}, "memory", "warn", "1.0 of 64.0", "close"),
