@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from homelab_scaling import codec
-from homelab_scaling.runs import Row, RunFolder
+from homelab_scaling.runs import Row, RunFolder, RunRecord
 
 Line = dict[str, Any]
 
@@ -17,8 +17,8 @@ Line = dict[str, Any]
 class Hooks:
     """Every moment, doing nothing."""
 
-    def start(self, kept: list[Line], tokens: int) -> None:
-        """Before the first step; `kept` are the metrics that survive from earlier segments."""
+    def start(self, kept: list[Line], tokens: int, about: str) -> None:
+        """Before the first step; `kept` are the metrics that survive, `about` says in a line what begins."""
 
     def steps(self, lines: list[Line], rate: Line | None) -> None:
         """After a log interval: one line per step, and the interval's rates."""
@@ -28,6 +28,9 @@ class Hooks:
 
     def row(self, row: Row) -> None:
         """After a row is recorded."""
+
+    def finished(self, record: RunRecord) -> None:
+        """After the last row."""
 
     def end(self) -> None:
         """Always, at the end."""
@@ -44,7 +47,7 @@ class MetricsFile(Hooks):
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.metrics
 
-    def start(self, kept: list[Line], tokens: int) -> None:
+    def start(self, kept: list[Line], tokens: int, about: str) -> None:
         import json
 
         codec.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -68,7 +71,7 @@ class Trackers(Hooks):
         self.run_id = run_id
         self.trackers = trackers
 
-    def start(self, kept: list[Line], tokens: int) -> None:
+    def start(self, kept: list[Line], tokens: int, about: str) -> None:
         if not self.trackers:
             return
         shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
@@ -113,8 +116,9 @@ class Progress(Hooks):
         self.bar: Any = None
         self.task: Any = None
 
-    def start(self, kept: list[Line], tokens: int) -> None:
+    def start(self, kept: list[Line], tokens: int, about: str) -> None:
         self.done = tokens
+        print(about, file=sys.stderr, flush=True)
         if not sys.stderr.isatty():
             return
         from rich.console import Console
@@ -150,7 +154,19 @@ class Progress(Hooks):
 
     def row(self, row: Row) -> None:
         se = f" +- {row.loss_se_nats:.4f}" if row.loss_se_nats is not None else ""
-        text = f"{row.row_id}: validation loss {row.loss_nats:.4f}{se} nats/token"
+        self._print(f"{row.row_id}: validation loss {row.loss_nats:.4f}{se} nats/token")
+
+    def finished(self, record: RunRecord) -> None:
+        spent = {
+            "training": record.seconds_train,
+            "validation": record.seconds_validate,
+            "checkpoints": record.seconds_checkpoint,
+        }
+        total = sum(s or 0.0 for s in spent.values())
+        shares = ", ".join(f"{name} {(s or 0.0) / total:.0%}" for name, s in spent.items())
+        self._print(f"{self.run_id}: finished in {total:.0f} s: {shares}")
+
+    def _print(self, text: str) -> None:
         if self.bar is not None:
             self.bar.console.print(text)
         else:

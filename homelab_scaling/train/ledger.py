@@ -114,6 +114,8 @@ def make_record(
             if spec.science.precision == "bf16"
             else "MFU is stated against the bf16 peak, and this run is in fp32"
         )
+    if any(row.tokens_per_s is None for row in rows):
+        unknown["tokens_per_s"] = "the run had a single log interval, which holds start-up effects"
     if any(row.peak_vram_bytes is None for row in rows):
         unknown["peak_vram_bytes"] = "the run was on CPU"
     return RunRecord(

@@ -12,10 +12,7 @@ import datetime
 import gc
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,14 @@ from homelab_scaling import codec
 from homelab_scaling.data.batches import BatchOrder, n_windows, read_windows
 from homelab_scaling.data.shards import Shards, open_shards
 from homelab_scaling.errors import HomelabError, RunFailed, SpecError, Stopped
-from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.runs import Row, RunFolder, RunRecord, RunStatus
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train.evaluate import Evaluator, Validation
-from homelab_scaling.train.hooks import Hooks, Line, MetricsFile, Progress, Trackers, surviving
+from homelab_scaling.train.hooks import Hooks, MetricsFile, Progress, Trackers, surviving
 from homelab_scaling.train.keeper import Keeper
-from homelab_scaling.train.ledger import make_record, make_row, peak_flops
+from homelab_scaling.train.ledger import make_record, make_row
+from homelab_scaling.train.meter import Meter, Pending
 from homelab_scaling.train.model import LanguageModel, build_model, sdpa_backend
 from homelab_scaling.train.optim import MaskedAdamW
 from homelab_scaling.train.schedule import Phase, lr_at, phases
@@ -46,12 +43,12 @@ from homelab_scaling.train.session import (
     start_accelerator,
     sum_over_ranks,
 )
+from homelab_scaling.train.stop import StopWish
 from homelab_scaling.train.timing import Timing
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """Command codes, ordered by urgency; ranks obey the largest."""
 
-PATIENCE_S = 5.0
 EVAL_BATCH_TOKENS = 16_384
 
 
@@ -114,11 +111,10 @@ class Trainer:
         self.step = 0
         self.rows: tuple[Row, ...] = ()
         self.timing = Timing(ckpt.Clock(), started)
-        self.pending: list[tuple[int, float, Tensor, Tensor]] = []
+        self.meter = Meter(self.science, self.machine, self.device)
         self.first_interval = True
         self.last_saved = time.monotonic()
-        self.stop_reason: str | None = None
-        self.stop_asked = 0.0
+        self.stop = StopWish()
 
     def _evaluator(self, n_tokens: int) -> Evaluator:
         return Evaluator(
@@ -143,14 +139,16 @@ class Trainer:
         """
         try:
             first_phase = self.resume()
-            with self._signals_caught():
+            with self.stop:
                 for phase in self.plan[first_phase:]:
                     self.train_phase(phase)
                     if phase.earns_row:
                         self.finish_row(phase)
                         if phase.index + 1 < len(self.plan):
                             self.return_to_fork(phase)
-            return self.write_record("finished")
+            record = self.write_record("finished")
+            self._tell("finished", record)
+            return record
         except Stopped as stop:
             self.write_record("stopped", str(stop))
             raise
@@ -171,7 +169,7 @@ class Trainer:
             self.timing.add(start_s=self.timing.lap())
         while self.step < phase.end_step:
             self.do_update(lr_at(self.science, phase, self.step))
-            if self.first_interval and len(self.pending) == 1:
+            if self.first_interval and len(self.meter.pending) == 1:
                 gc.collect()
                 gc.freeze()  # long-lived objects are never scanned again; nanochat measured pauses of 500 ms
             saved_at = self.execution.checkpoint_every_steps
@@ -195,7 +193,7 @@ class Trainer:
         norm = self.optimizer.clip()
         self.optimizer.step(lr, torch.isfinite(norm))
         self.optimizer.zero_grad()
-        self.pending.append((self.step, lr, loss_sum, norm))
+        self.meter.add(Pending(step=self.step, lr=lr, loss=loss_sum, grad_norm=norm))
         self.step += 1
         self.update += 1
 
@@ -215,16 +213,20 @@ class Trainer:
 
     def boundary(self, phase: Phase, *, validate: bool, save: bool) -> None:
         """Reads the device, then does what is due: log, validate, checkpoint, obey."""
-        lines, bad = self.drain(phase)
+        n_updates = len(self.meter.pending)
+        lines, bad = self.meter.drain(phase, self.update)
         seconds = self.timing.lap()
         self.timing.book("train_s", phase, seconds)
-        self._tell("steps", lines, self._rate(phase, len(lines), seconds))
+        if not self.first_interval:  # that one holds compilation and cold caches
+            self.timing.add(rated_tokens=n_updates * self.science.batch_tokens_global, rated_s=seconds)
         self.first_interval = False
+        rate = self.meter.rate(phase, update=self.update, step=self.step, n_updates=n_updates, seconds=seconds)
+        self._tell("steps", lines, rate)
         if bad is not None:
-            step, lr = bad
             raise Diverged(
-                f"loss or gradient became non-finite at step {step} ({step * self.science.batch_tokens_global} tokens, "
-                f"lr {lr:.3g}); lower this rung's learning rate and run it anew"
+                f"loss or gradient became non-finite at step {bad.step} "
+                f"({bad.step * self.science.batch_tokens_global} tokens, lr {bad.lr:.3g}); "
+                "lower this rung's learning rate and run it anew"
             )
         if validate:
             self.validate(phase, self.evaluate_curve, "curve")
@@ -235,56 +237,8 @@ class Trainer:
             self.save_checkpoint(phase)
         if command == STOP and not done:
             raise Stopped(
-                f"{self.stop_reason or 'another rank was asked to stop'} at step {self.step}; run again to go on"
+                f"{self.stop.reason or 'another rank was asked to stop'} at step {self.step}; run again to go on"
             )
-
-    def drain(self, phase: Phase) -> tuple[list[Line], tuple[int, float] | None]:
-        """The pending steps as metrics lines, and (step, lr) of the first non-finite one. Waits for the device."""
-        values = torch.stack([torch.stack((loss, norm.float())) for _, _, loss, norm in self.pending])
-        values[:, 0] = sum_over_ranks(values[:, 0].contiguous()) / self.world_size
-        numbers = values.tolist()
-        lines: list[Line] = []
-        bad = None
-        first_update = self.update - len(self.pending)
-        for offset, ((step, lr, _, _), (loss, norm)) in enumerate(zip(self.pending, numbers, strict=True)):
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            lines.append(
-                {
-                    "kind": "step",
-                    "update": first_update + offset,
-                    "phase": phase.name,
-                    "step": step,
-                    "tokens": (step + 1) * self.science.batch_tokens_global,
-                    "lr": lr,
-                    "loss": loss if math.isfinite(loss) else None,
-                    "grad_norm": norm if math.isfinite(norm) else None,
-                }
-            )
-            if not finite:
-                bad = (step, lr)
-                break
-        self.pending.clear()
-        return lines, bad
-
-    def _rate(self, phase: Phase, n_steps: int, seconds: float) -> Line | None:
-        tokens = n_steps * self.science.batch_tokens_global
-        if not self.first_interval:  # the first one holds compilation and cold caches
-            self.timing.add(rated_tokens=tokens, rated_s=seconds)
-        tokens_per_s = tokens / seconds
-        peak = peak_flops(self.machine, self.science.precision)
-        per_token = flops_per_token(self.science.shape, self.science.n_vocab)
-        return {
-            "kind": "rate",
-            "update": self.update,
-            "phase": phase.name,
-            "step": self.step,
-            "tokens": self.step * self.science.batch_tokens_global,
-            "interval_tokens": tokens,
-            "interval_s": seconds,
-            "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * per_token / (peak * self.world_size) if peak else None,
-            "vram_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None,
-        }
 
     def _validation_steps(self, phase: Phase) -> frozenset[int]:
         """Where the curve set is measured; the end of a decay is left to the full set."""
@@ -318,7 +272,7 @@ class Trainer:
 
     def _wish(self, save: bool) -> int:
         """What this rank wants; only the main rank looks at the clock, so that ranks never disagree about time."""
-        if self.stop_reason is not None:
+        if self.stop.reason is not None:
             return STOP
         overdue = self.is_main and time.monotonic() - self.last_saved > self.execution.checkpoint_every_s
         return SAVE if save or overdue else GO_ON
@@ -389,7 +343,7 @@ class Trainer:
         if self.is_main:
             kept = surviving(codec.read_jsonl(self.folder.metrics), self.update)
             batch = self.science.batch_tokens_global
-            self._tell("start", kept, self.update * batch)
+            self._tell("start", kept, self.update * batch, self._about())
             self.event(
                 "segment",
                 update=self.update,
@@ -407,6 +361,16 @@ class Trainer:
                 skipped_checkpoints=skipped,
             )
             self.write_record("running", "in progress")
+
+    def _about(self) -> str:
+        """The segment in a line: what `auto` became, and why."""
+        c = self.choices
+        where = f"goes on at step {self.step}" if self.update else "starts"
+        return (
+            f"{self.spec.run_id} {where} on {self.machine.device}, {self.world_size} x "
+            f"{self.execution.microbatch_seqs_per_rank} sequences x {self.accumulation}, {self.science.precision}; "
+            f"torch.compile {'on' if c.compile else 'off'} ({c.compile_reason}); {c.loss_path} loss ({c.loss_reason})"
+        )
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.science.precision == "bf16" else torch.float32
@@ -438,30 +402,6 @@ class Trainer:
         if self.is_main:
             for hook in self.hooks:
                 getattr(hook, moment)(*args)
-
-    @contextlib.contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C become a wish to stop, obeyed at the next boundary; after a while, another one kills.
-
-        Not at once: on Ctrl-C a launcher passes on a SIGTERM to ranks that have the terminal's SIGINT already.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, _frame: Any) -> None:
-            if self.stop_reason is None:
-                self.stop_reason, self.stop_asked = f"stopped by {signal.Signals(number).name}", time.monotonic()
-            elif time.monotonic() - self.stop_asked > PATIENCE_S:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-        before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _open_matching_shards(spec: RunSpec, folder: RunFolder) -> Shards:
