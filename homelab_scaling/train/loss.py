@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-Softmax = Callable[[Tensor, Tensor], Tensor]
+Softmax = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 CPU_BLOCK_BYTES = 2 * 2**20
 """fp32 logits that the softmax works on at a time on CPU: one core's L2.
@@ -68,9 +68,9 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, n_voca
         for hidden_RD, targets_R in _chunks(chunk_rows, hidden_ND, targets_N):
             logits_RV = hidden_RD.to(dtype) @ weight_DV
             logits_RV[:, n_vocab:] = float("-inf")
-            losses += [
-                _exponentiate_(block_RV.float(), block_R)[0] for block_RV, block_R in _blocks(logits_RV, targets_R)
-            ]
+            target_R = logits_RV.gather(1, targets_R[:, None])[:, 0].float()
+            statistics = [_exponentiate_(block_RV.float()) for block_RV in _blocks(logits_RV)]
+            losses.append(_losses(target_R, *map(torch.cat, zip(*statistics, strict=True))))
     return torch.cat(losses)
 
 
@@ -144,49 +144,55 @@ def _chunks(chunk_rows: int, *tensors: Tensor) -> "zip[tuple[Tensor, ...]]":
 def _logits_to_gradient_(logits_RV: Tensor, targets_R: Tensor, n_vocab: int, softmax: Softmax) -> Tensor:
     """Losses (R,) in fp32; overwrites the logits with their gradient, softmax minus one-hot."""
     logits_RV[:, n_vocab:] = float("-inf")
-    losses_R = softmax(logits_RV, targets_R)
-    rows_R = torch.arange(len(targets_R), device=targets_R.device)
+    target_R = logits_RV.gather(1, targets_R[:, None])[:, 0].float()
+    losses_R = _losses(target_R, *softmax(logits_RV))
     # p - 1 = expm1(-loss), from the fp32 loss: in bf16 it would lose all digits of a token that is predicted well
+    rows_R = torch.arange(len(targets_R), device=targets_R.device)
     logits_RV[rows_R, targets_R] = torch.expm1(-losses_R).to(logits_RV.dtype)
     return losses_R
 
 
-def _blocks(logits_RV: Tensor, targets_R: Tensor) -> "zip[tuple[Tensor, ...]]":
+def _losses(target_R: Tensor, max_R1: Tensor, sum_R1: Tensor) -> Tensor:
+    """log(sum exp(logit)) - target, with the maximum taken off both sides first."""
+    return sum_R1[:, 0].log() - (target_R - max_R1[:, 0])
+
+
+def _blocks(logits_RV: Tensor) -> tuple[Tensor, ...]:
     """Rows that fit a CPU core's cache, so that the five passes of a softmax read memory once; all rows elsewhere."""
-    n_rows, n_columns = logits_RV.shape
-    rows = max(1, CPU_BLOCK_BYTES // (4 * n_columns)) if logits_RV.device.type == "cpu" else n_rows
-    return zip(torch.split(logits_RV, rows), torch.split(targets_R, rows), strict=True)
+    rows = max(1, CPU_BLOCK_BYTES // (4 * logits_RV.shape[1])) if logits_RV.is_cpu else len(logits_RV)
+    return torch.split(logits_RV, rows)
 
 
-def _exponentiate_(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (R,) and softmax denominators (R, 1); leaves exp(logits - max) in the fp32 `logits_RV`, no temporaries."""
+def _exponentiate_(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Row maxima and sums of exp(logits - max), both (R, 1); leaves those exponentials in the fp32 `logits_RV`."""
     max_R1 = logits_RV.amax(1, keepdim=True)
-    target_R1 = logits_RV.gather(1, targets_R[:, None]) - max_R1
-    sum_R1 = logits_RV.sub_(max_R1).exp_().sum(1, keepdim=True)
-    return (sum_R1.log() - target_R1)[:, 0], sum_R1
+    return max_R1, logits_RV.sub_(max_R1).exp_().sum(1, keepdim=True)
 
 
-def _softmax_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """Losses (R,) in fp32; overwrites the logits with their softmax."""
-    losses = []
-    for block_RV, block_R in _blocks(logits_RV, targets_R):
+def _softmax_(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Row maxima and sums of exp(logits - max), both (R, 1) in fp32; overwrites the logits with their softmax."""
+    statistics = []
+    for block_RV in _blocks(logits_RV):
         fp32_RV = block_RV.float()
-        losses_R, sum_R1 = _exponentiate_(fp32_RV, block_R)
-        fp32_RV.div_(sum_R1)
+        statistics.append(_exponentiate_(fp32_RV))
+        fp32_RV.div_(statistics[-1][1])
         if fp32_RV is not block_RV:
             block_RV.copy_(fp32_RV)
-        losses.append(losses_R)
-    return torch.cat(losses)
+    max_R1, sum_R1 = map(torch.cat, zip(*statistics, strict=True))
+    return max_R1, sum_R1
 
 
-def _softmax_fusible_(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    """The same as `_softmax_`, written so that a compiler makes one kernel of it."""
+def _softmax_fusible_(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `_softmax_`, written so that a compiler makes one kernel of it.
+
+    All that is read from the logits goes into what overwrites them: Inductor of torch 2.11 moved an unrelated read (the
+    gather of the targets) behind the write, and the loss was wrong by 3 %.
+    """
     fp32_RV = logits_RV.float()
     max_R1 = fp32_RV.amax(1, keepdim=True)
     sum_R1 = (fp32_RV - max_R1).exp().sum(1, keepdim=True)
-    target_R1 = logits_RV.gather(1, targets_R[:, None]).float() - max_R1
     logits_RV.copy_((fp32_RV - max_R1).exp() / sum_R1)
-    return (sum_R1.log() - target_R1)[:, 0]
+    return max_R1, sum_R1
 
 
 @cache

@@ -23,6 +23,7 @@ from homelab_scaling.train import loss as loss_module
 from homelab_scaling.train.loss import chunked_cross_entropy, plain_cross_entropy, token_losses
 
 needs_compiler = pytest.mark.skipif(bool(missing_for_compile()), reason=f"no {' or '.join(missing_for_compile())}")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def make(n: int, d: int, n_vocab: int, n_padding: int = 0, *, seed: int = 0, scale: float = 0.5) -> tuple[Tensor, ...]:
@@ -288,13 +289,15 @@ def test_chunks_are_equal_where_they_can_be() -> None:
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals
-def test_the_compiled_kernel_agrees(dtype: torch.dtype) -> None:
-    hidden, weight, targets = make(100, 16, 201, 23)
+def test_the_compiled_kernel_agrees(dtype: torch.dtype, device: str) -> None:
+    hidden, weight, targets = (x.detach().to(device) for x in make(100, 16, 201, 23))
+    hidden.requires_grad_(), weight.requires_grad_()
     found = {}
     for compiled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = chunked_cross_entropy(hidden, weight, targets, 201, 40, compiled=compiled)
         found[compiled] = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3  # one unit in the last place of a bf16 logit's gradient
