@@ -21,7 +21,7 @@ from homelab_scaling.errors import UserError
 class Args:
     """Times one part of the project beside what others offer for it."""
 
-    subject: Annotated[str, tyro.conf.Positional]
+    subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")]
     """What to time, such as `data` (text to tokens, tokens to batches)."""
     rounds: int = 5
     """Every contestant runs once a round; ratios are taken within rounds."""

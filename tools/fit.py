@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -21,7 +21,7 @@ SHOWN_EXCLUDED = 20
 class Args:
     """What to fit, and how."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LAB_OR_CSV")]
     """A lab's folder (LAB/LADDER) or a points CSV."""
     law: tuple[str, ...] = ()
     """Laws to fit: power-n, power-d, power-c, the same with -offset, chinchilla; all when not given."""

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from homelab_scaling.box import Box
 
 
+TABLE_COLUMNS = 100
+"""Narrower, the tables would break their numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Which ladder, and for which machine."""
 
-    ladder: tyro.conf.Positional[str]
+    ladder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="LADDER")]
     """A ladder file, or the name of a shipped one such as quickstart."""
     lab: Path = Path("lab")
     """The folder that holds the labs; finished shards and measured speeds are taken from LAB/LADDER."""
@@ -59,7 +63,7 @@ def main(args: Args) -> int:
         return 0
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, soft_wrap=False, width=max(TABLE_COLUMNS, Console().width))
     for part in plan_page(plan):
         console.print(part)
     return 0

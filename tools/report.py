@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ from homelab_scaling import cli, codec
 class Args:
     """Which lab to report on."""
 
-    lab: tyro.conf.Positional[Path]
+    lab: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LAB")]
     """A lab's folder: LAB/LADDER."""
     json: bool = False
     """Print the paths as one JSON document."""

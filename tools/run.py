@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Args:
     """Which ladder, where to keep it, how to watch it."""
 
-    ladder: tyro.conf.Positional[str]
+    ladder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="LADDER")]
     """A ladder file, or the name of a shipped one such as quickstart."""
     lab: Path = Path("lab")
     """The folder that holds the labs; this one goes to LAB/<ladder's name>."""

@@ -53,7 +53,7 @@ def _machine_lines(view: LabView) -> list[str]:
     machines = {r.record.machine for r in view.runs if r.record}
     lines = []
     for m in sorted(machines, key=lambda m: (m.device, m.n_processes)):
-        commit = f", commit `{m.git_commit[:12]}`" if m.git_commit else ""
+        commit = f", commit `{m.git_commit}`" if m.git_commit else ""
         lines.append(
             f"Machine: {m.device}, {m.n_processes} process{'es' if m.n_processes > 1 else ''}; Python {m.python}, "
             f"torch {m.torch}, accelerate {m.accelerate}, transformers {m.transformers}, "

@@ -103,7 +103,7 @@ def choose(spec: RunSpec, on_gpu: bool) -> Choices:
 
 
 def first_step_s(n_layer: int, on_gpu: bool) -> float:
-    """What torch.compile costs before the first step is done, roughly (measured on CPU: 10 s for 2 layers, 12 for 3)."""
+    """What torch.compile costs before the first step is done, roughly (on CPU 10 s for 2 layers, 12 for 3)."""
     return 20 + 2.0 * n_layer if on_gpu else 6 + 2.0 * n_layer
 
 
