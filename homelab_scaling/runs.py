@@ -72,6 +72,8 @@ class Row:
     usd: float | None = None
     usd_marginal: float | None = None
     peak_vram_bytes: int | None = None
+    family: str = "gpt2"
+    """Architecture; laws of different families do not mix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +210,9 @@ def planned_run_ids(lab: Path) -> frozenset[str]:
     return frozenset(str(run["run_id"]) for run in runs if isinstance(run, dict) and "run_id" in run)
 
 
-def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
-    """Every row of every record, and what did not become one."""
-    rows: list[Row] = []
+def read_records(lab: Path) -> tuple[list[RunRecord], list[Excluded]]:
+    """Every record of the current plan, and each run (or rest of a run) that gives no row, with its reason."""
+    records: list[RunRecord] = []
     excluded: list[Excluded] = []
     planned = planned_run_ids(lab)
     for folder in run_folders(lab):
@@ -229,10 +231,16 @@ def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
             )
             excluded.append(Excluded(row_id=name, reason=reason))
             continue
-        rows.extend(record.rows)
+        records.append(record)
         if record.status != "finished":
             excluded.append(Excluded(row_id=name, reason=f"{record.status}: {record.reason or 'no reason recorded'}"))
-    return rows, excluded
+    return records, excluded
+
+
+def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
+    """Every row of every record, and what did not become one."""
+    records, excluded = read_records(lab)
+    return [row for record in records for row in record.rows], excluded
 
 
 def to_point(row: Row) -> LossPoint:
@@ -247,21 +255,25 @@ def read_runs(lab: Path) -> tuple[list[LossPoint], list[Excluded]]:
     return [to_point(row) for row in rows], excluded
 
 
-def runs_csv(rows: list[Row]) -> str:
-    """runs.csv: one line per row, columns in the order of `Row`; unknown is an empty cell."""
-    columns = [f.name for f in dataclasses.fields(Row)]
+def runs_csv(records: list[RunRecord]) -> str:
+    """runs.csv: one line per row: the columns of `Row`, then its run's status and machine; unknown is an empty cell."""
+    of_row = [f.name for f in dataclasses.fields(Row)]
+    of_machine = [f.name for f in dataclasses.fields(Machine)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        plain = codec.to_plain(row)
-        writer.writerow(["" if plain[c] is None else plain[c] for c in columns])
+    writer.writerow([*of_row, "status", *of_machine])
+    for record in records:
+        machine = codec.to_plain(record.machine)
+        for row in record.rows:
+            plain = codec.to_plain(row)
+            cells = [*(plain[c] for c in of_row), record.status, *(machine[c] for c in of_machine)]
+            writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()
 
 
 def write_runs_csv(lab: Path) -> Path:
     """Rebuilds LAB/<ladder>/runs.csv from the records."""
-    rows, _excluded = read_rows(lab)
+    records, _excluded = read_records(lab)
     path = lab / "runs.csv"
-    codec.write_text(path, runs_csv(rows))
+    codec.write_text(path, runs_csv(records))
     return path

@@ -20,6 +20,7 @@ from homelab_scaling.runs import (
     RunFolder,
     RunRecord,
     flock,
+    read_records,
     read_rows,
     read_runs,
     run_folders,
@@ -150,14 +151,15 @@ def test_runs_csv_has_a_line_per_row_and_empty_cells_for_the_unknown(lab: Path) 
     write_record(lab, "a")
     path = write_runs_csv(lab)
     lines = list(csv.DictReader(path.read_text().splitlines()))
-    assert list(lines[0]) == [f.name for f in dataclasses.fields(Row)]
+    of_row, of_machine = ([f.name for f in dataclasses.fields(kind)] for kind in (Row, Machine))
+    assert list(lines[0]) == [*of_row, "status", *of_machine]
+    assert lines[0]["status"] == RECORD.status and lines[0]["torch"] == RECORD.machine.torch
     assert [line["n_tokens"] for line in lines] == ["1000", "2000"]
-    assert {name for name, cell in lines[0].items() if cell == ""} == {
-        name for name, value in codec.to_plain(ROW).items() if value is None
-    }
+    known = {**codec.to_plain(ROW), **codec.to_plain(RECORD.machine)}
+    assert {name for name, cell in lines[0].items() if cell == ""} == {n for n, value in known.items() if value is None}
     assert float(lines[0]["flops"]) == ROW.flops
     path.unlink()
-    assert write_runs_csv(lab).read_text() == runs_csv(read_rows(lab)[0]), "the table can be rebuilt at any time"
+    assert write_runs_csv(lab).read_text() == runs_csv(read_records(lab)[0]), "the table can be rebuilt at any time"
 
 
 def _hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from homelab_scaling import __version__
-from homelab_scaling.box import has_compiler
+from homelab_scaling.box import missing_for_compile
 from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.plan.memory import LossPath, choose_loss_path
 from homelab_scaling.runs import Machine
@@ -91,7 +91,7 @@ def _installed(tracker: str) -> str:
 def choose(spec: RunSpec, on_gpu: bool) -> Choices:
     """Resolves the `auto` execution settings by their stated rules."""
     science, execution = spec.science, spec.execution
-    compile_it, compile_reason = choose_compile(execution, science.shape.n_layer, on_gpu, has_compiler())
+    compile_it, compile_reason = choose_compile(execution, science.shape.n_layer, on_gpu, missing_for_compile())
     path: LossPath
     if execution.loss == "auto":
         n_tokens = execution.microbatch_seqs_per_rank * science.shape.context_tokens
@@ -107,12 +107,12 @@ def first_step_s(n_layer: int, on_gpu: bool) -> float:
     return 20 + 2.0 * n_layer if on_gpu else 6 + 2.0 * n_layer
 
 
-def choose_compile(execution: ExecutionSpec, n_layer: int, on_gpu: bool, compiler_there: bool) -> tuple[bool, str]:
+def choose_compile(execution: ExecutionSpec, n_layer: int, on_gpu: bool, missing: list[str]) -> tuple[bool, str]:
     """Whether to torch.compile, and why, in words."""
     if execution.compile != "auto":
         return execution.compile == "on", "as asked"
-    if not compiler_there:
-        return False, "no C compiler or no Python headers (see `homelab doctor`)"
+    if missing:
+        return False, f"without {' and '.join(missing)}; see `homelab doctor`"
     cost, run = first_step_s(n_layer, on_gpu), execution.predicted_s
     if run is not None and cost > MAX_COMPILE_SHARE * run:
         return False, f"its first step costs about {cost:.0f} s of a run of about {run:.0f} s"
@@ -148,6 +148,8 @@ def _git_commit() -> str | None:
     import subprocess
 
     folder = Path(__file__).resolve().parents[2]
+    if not (folder / "setup.cfg").exists():  # installed from a wheel: a repository around it would be somebody else's
+        return None
     try:
         out = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],

@@ -160,11 +160,11 @@ def test_the_compile_rule(make_run) -> None:
     spec, _ = make_run(compile="auto")
 
     def auto(**changes):
-        return choose_compile(replace(spec.execution, **changes), n_layer=4, on_gpu=False, compiler_there=True)
+        return choose_compile(replace(spec.execution, **changes), n_layer=4, on_gpu=False, missing=[])
 
     assert auto(predicted_s=3600.0)[0]
     on, why = auto(predicted_s=30.0)
     assert not on and "first step costs about 14 s of a run of about 30 s" in why
     assert not auto(compile="off")[0] and auto(compile="on")[0]
-    on, why = choose_compile(spec.execution, n_layer=4, on_gpu=True, compiler_there=False)
-    assert not on and "no C compiler" in why
+    on, why = choose_compile(spec.execution, n_layer=4, on_gpu=True, missing=["a C compiler"])
+    assert not on and "without a C compiler" in why
