@@ -65,7 +65,7 @@ class Evaluator:
         self.n_documents = int(renumbered.max()) + 1
         self.windows = windows[rank::world_size]
         self.documents = renumbered[rank::world_size]
-        self.batch_seqs = batch_seqs
+        self.batch_seqs = min(batch_seqs, max(1, len(self.windows)))
         self.device = device
         self.sum_over_ranks = sum_over_ranks
         split = shards.manifest.val
@@ -78,9 +78,11 @@ class Evaluator:
         model.eval()
         sums = torch.zeros(2, self.n_documents, dtype=torch.float64, device=self.device)
         for first in range(0, len(self.windows), self.batch_seqs):
-            window = read_windows(self.stream, self.windows[first : first + self.batch_seqs], self.context)
+            ids = self.windows[first : first + self.batch_seqs]
+            # The last batch is filled up with its own windows again: one shape for all, so it is compiled once.
+            window = read_windows(self.stream, np.resize(ids, self.batch_seqs), self.context)
             tokens = torch.from_numpy(window.astype(np.int64)).to(self.device)
-            losses = model.token_losses(tokens[:, :-1], tokens[:, 1:]).double().flatten()
+            losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])[: len(ids)].double().flatten()
             owner = torch.from_numpy(self.documents[first : first + self.batch_seqs].astype(np.int64).ravel())
             owner = owner.to(self.device)
             sums[0].index_add_(0, owner, losses)

@@ -123,10 +123,16 @@ class Trainer:
             n_tokens=n_tokens,
             rank=self.rank,
             world_size=self.world_size,
-            batch_seqs=max(1, EVAL_BATCH_TOKENS // self.science.shape.context_tokens),
+            batch_seqs=self._validation_batch(),
             device=self.device,
             sum_over_ranks=sum_over_ranks,
         )
+
+    def _validation_batch(self) -> int:
+        """Windows per forward pass; a compiled model keeps the shape it is compiled for."""
+        if self.choices.compile:
+            return self.execution.microbatch_seqs_per_rank
+        return max(1, EVAL_BATCH_TOKENS // self.science.shape.context_tokens)
 
     # ------------------------------------------------------------------------------------------------ the whole run
 

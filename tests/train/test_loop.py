@@ -168,3 +168,18 @@ def test_the_compile_rule(make_run) -> None:
     assert not auto(compile="off")[0] and auto(compile="on")[0]
     on, why = choose_compile(spec.execution, n_layer=4, on_gpu=True, missing=["a C compiler"])
     assert not on and "without a C compiler" in why
+
+
+def test_a_cosine_run_has_one_row_and_ends_at_its_floor(make_run) -> None:
+    spec, _ = make_run()
+    schedule = replace(spec.science.schedule, name="cosine", lr_final_frac=0.1)
+    spec, whole = make_run(lab="cosine", horizons=(20,), schedule=schedule)
+    record = train_here(spec, whole)
+    rates = [line["lr"] for line in steps_of(whole)]
+    assert len(record.rows) == 1 and record.rows[0].schedule == "cosine"
+    assert max(rates) <= 1e-2 and rates[-1] == pytest.approx(1e-3, rel=0.1)
+    spec, folder = make_run(lab="stopped", horizons=(20,), schedule=schedule)
+    with pytest.raises(Stopped):
+        train_here(spec, folder, [StopAt(11)])
+    train_here(spec, folder)
+    assert steps_of(folder) == steps_of(whole)
