@@ -82,16 +82,29 @@ def main(argv: list[str]) -> int:
     """Exit code of this rank; see errors.py."""
     try:
         args = cli.parse(Args, argv, "recipes/pretrain.py")
-        runs = [(with_overrides(spec, args), folder) for spec, folder in specs_of(args)]
-        from homelab_scaling.train.loop import train
-
-        for spec, folder in runs:
-            train(spec, folder, started=STARTED)
+        train_all([(with_overrides(spec, args), folder) for spec, folder in specs_of(args)])
     except HomelabError as error:
         print(f"pretrain: {error}", file=sys.stderr)
         told = RECORD_TELLS in os.environ and isinstance(error, Stopped | RunFailed)
         return 0 if told else error.exit_code
     return 0
+
+
+def train_all(runs: list[tuple[RunSpec, RunFolder]]) -> None:
+    """Trains runs one after the other, and leaves the process group in good order whatever happens."""
+    from homelab_scaling.train.loop import train
+    from homelab_scaling.train.session import leave_group
+
+    together = False
+    try:
+        for spec, folder in runs:
+            train(spec, folder, started=STARTED)
+        together = True
+    except (Stopped, RunFailed):
+        together = True  # every rank obeys at the same step
+        raise
+    finally:
+        leave_group(together=together)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,17 @@ from hypothesis import strategies as st
 
 from homelab_scaling import codec
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import Horizons, LrTable, Rung, ScheduleTable, TrainTable, Validation
 from homelab_scaling.specs import (
     ExecutionSpec,
-    Horizons,
-    LrTable,
     ModelShape,
     Money,
     Optim,
-    Rung,
     RunSpec,
     Schedule,
-    ScheduleTable,
     ScienceSpec,
     ShardFile,
     Split,
-    TrainTable,
-    Validation,
     make_run_id,
 )
 

@@ -12,19 +12,12 @@ from pathlib import Path
 from homelab_scaling import codec
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan import cost
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.parts import Launch, Plan, RungPlan, Totals
 from homelab_scaling.plan.rung import Given, plan_rung
-from homelab_scaling.specs import (
-    CorpusManifest,
-    ExecutionSpec,
-    Ladder,
-    RunSpec,
-    Schedule,
-    ScienceSpec,
-    make_run_id,
-)
+from homelab_scaling.specs import CorpusManifest, ExecutionSpec, RunSpec, Schedule, ScienceSpec, make_run_id
 
 BPE_VOCAB_RANGE = range(257, 1_000_001)
 """Room for 256 bytes and the end-of-text token, at least."""

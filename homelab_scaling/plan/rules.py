@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import MAX_CURVE_POINTS_PER_ROW, LrTable, Rung, Validation
 from homelab_scaling.plan.counting import count_params
-from homelab_scaling.specs import MAX_CURVE_POINTS_PER_ROW, MAX_WARMUP_FRAC, LrTable, ModelShape, Rung, Validation
+from homelab_scaling.specs import MAX_WARMUP_FRAC, ModelShape
 
 GAP_WARN_FRAC = 0.10
 FEW_STEPS = 20

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import Ladder, Rung
 from homelab_scaling.plan import cost, memory, rules
 from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import count_params, flops_6nd_per_token, flops_per_token
@@ -25,7 +26,7 @@ from homelab_scaling.plan.parts import (
     Training,
 )
 from homelab_scaling.plan.rules import gap
-from homelab_scaling.specs import CorpusManifest, Ladder, ModelShape, OptimizerName, Precision, Rung
+from homelab_scaling.specs import CorpusManifest, ModelShape, OptimizerName, Precision
 
 FP32_BELOW_WIDTH_ON_CPU = 256
 """Narrower models gain nothing from bf16 on a CPU."""

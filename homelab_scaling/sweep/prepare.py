@@ -10,11 +10,12 @@ from homelab_scaling.box import Box, detect_box
 from homelab_scaling.data.progress import show_progress
 from homelab_scaling.data.shards import build_shards, open_shards
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.cost import measured_rates
 from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunFolder, flock
-from homelab_scaling.specs import CorpusManifest, Ladder, RunSpec
+from homelab_scaling.specs import CorpusManifest, RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

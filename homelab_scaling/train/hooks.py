@@ -91,7 +91,9 @@ class Trackers(Hooks):
 
     def end(self) -> None:
         if self.trackers:
-            self.accelerator.end_training()
+            # Not accelerator.end_training(): that ends the process group too, and the next run may need it.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _log(self, line: Line) -> None:
         if not self.trackers:

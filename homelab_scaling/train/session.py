@@ -1,5 +1,6 @@
 """How one process of a launch is set up: Accelerate, its guard, the device, the execution choices and their reasons."""
 
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -161,6 +162,21 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip() or None
+
+
+def leave_group(*, together: bool) -> None:
+    """Ends the process group, if there is one; without this a rank can abort on its way out and look like a crash.
+
+    Args:
+        together: every rank gets here (a clean end), so that they may wait for one another.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    gc.unfreeze()
+    gc.collect()  # DDP's threads must be gone before the group is
+    if together:
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def sum_over_ranks(vector: Tensor) -> Tensor:

@@ -12,24 +12,22 @@ from hypothesis import strategies as st
 from homelab_scaling import codec
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
-from homelab_scaling.plan.counting import flops_per_token
-from homelab_scaling.plan.ladder import find_ladder, plan_ladder, read_ladder, shipped_ladders
-from homelab_scaling.plan.parts import Plan
-from homelab_scaling.plan.peaks import box_with
-from homelab_scaling.specs import (
+from homelab_scaling.ladder import (
     BatchTable,
-    CorpusManifest,
     DataTable,
     Horizons,
     Ladder,
     LrTable,
-    Optim,
     Rung,
-    RunSpec,
     ScheduleTable,
     TrainTable,
     Validation,
 )
+from homelab_scaling.plan.counting import flops_per_token
+from homelab_scaling.plan.ladder import find_ladder, plan_ladder, read_ladder, shipped_ladders
+from homelab_scaling.plan.parts import Plan
+from homelab_scaling.plan.peaks import box_with
+from homelab_scaling.specs import CorpusManifest, Optim, RunSpec
 from homelab_scaling.train.schedule import phases
 
 MakeCorpus = Callable[..., CorpusManifest]

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import LrTable, Rung, Validation
 from homelab_scaling.plan import rules
 from homelab_scaling.plan.counting import count_params
-from homelab_scaling.specs import LrTable, Rung, Validation
 
 
 def test_step_law_at_its_own_centre() -> None:

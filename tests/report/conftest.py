@@ -9,16 +9,7 @@ import pytest
 from homelab_scaling import codec
 from homelab_scaling.plan.counting import count_params, flops_per_token
 from homelab_scaling.runs import Machine, Row, RunRecord
-from homelab_scaling.specs import (
-    ExecutionSpec,
-    ModelShape,
-    Money,
-    Optim,
-    RunSpec,
-    Schedule,
-    ScienceSpec,
-    make_run_id,
-)
+from homelab_scaling.specs import ExecutionSpec, ModelShape, Money, Optim, RunSpec, Schedule, ScienceSpec, make_run_id
 
 SHAPES = {"67k": (2, 24, 2), "127k": (2, 40, 2), "289k": (3, 64, 2), "545k": (3, 96, 3), "1072k": (4, 128, 4)}
 HORIZONS = (749_568, 1_499_136, 2_998_272)

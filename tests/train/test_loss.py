@@ -3,6 +3,7 @@
 Run as a script it is one rank of the two-process test at the end.
 """
 
+import gc
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -340,6 +341,9 @@ def run_rank(rank: int, folder: Path) -> None:
         (model(x[0], y[0]) / 2).backward()
     (model(x[1], y[1]) / 2).backward()
     torch.save([p.grad for p in model.parameters()], folder / f"grads{rank}.pt")
+    del model  # its reducer's threads must be gone before the group is, or the process may abort on its way out
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
