@@ -10,6 +10,7 @@ from typing import Any
 
 from homelab_scaling import codec
 from homelab_scaling.runs import Row, RunFolder, RunRecord
+from homelab_scaling.specs import RunSpec
 
 Line = dict[str, Any]
 
@@ -65,22 +66,25 @@ class Trackers(Hooks):
     TensorBoard's files are derived: a resumed segment rewrites them from the surviving metrics, so no curves overlap.
     """
 
-    def __init__(self, accelerator: Any, folder: RunFolder, run_id: str, trackers: tuple[str, ...]) -> None:
+    def __init__(self, accelerator: Any, folder: RunFolder, spec: RunSpec) -> None:
         self.accelerator = accelerator
         self.folder = folder
-        self.run_id = run_id
-        self.trackers = trackers
+        self.spec = spec
+        self.trackers = spec.execution.trackers
 
     def start(self, kept: list[Line], tokens: int, about: str) -> None:
         if not self.trackers:
             return
         shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
-        kwargs = (
-            {"wandb": {"name": self.run_id, "id": self.run_id, "resume": "allow"}} if "wandb" in self.trackers else {}
-        )
-        self.accelerator.init_trackers("tensorboard", init_kwargs=kwargs)
+        run = self.spec.run_id
+        kwargs = {
+            "wandb": {"name": run, "id": run, "resume": "allow", "dir": str(self.folder.path)},
+            "mlflow": {"run_name": run},
+        }
+        # The ladder is the project, so that its runs stand side by side in every tracker.
+        self.accelerator.init_trackers(self.spec.ladder, init_kwargs=kwargs)
         for line in kept:
-            self._log(line)
+            self._log(line, only="tensorboard")
 
     def steps(self, lines: list[Line], rate: Line | None) -> None:
         for line in [*lines, *([rate] if rate else [])]:
@@ -95,14 +99,21 @@ class Trackers(Hooks):
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    def _log(self, line: Line) -> None:
+    def _log(self, line: Line, only: str | None = None) -> None:
         if not self.trackers:
             return
         curve = "train" if line["phase"] == "trunk" else line["phase"].replace("@", "-")
         prefix = {"step": curve, "val": f"{curve}-val-{line.get('set')}", "rate": "rate"}[line["kind"]]
         about = {"kind", "update", "phase", "step", "tokens", "set"}
         values = {f"{prefix}/{k}": v for k, v in line.items() if k not in about and isinstance(v, int | float)}
-        self.accelerator.log(values, step=line["step"])
+        for tracker in self.accelerator.trackers:
+            if only not in (None, tracker.name):
+                continue
+            # TensorBoard takes steps in any order; the others drop what goes back, as a return to a fork does.
+            if tracker.name == "tensorboard":
+                tracker.log(values, step=line["step"])
+            else:
+                tracker.log({**values, f"{prefix}/step": line["step"]}, step=line["update"])
 
 
 class Progress(Hooks):

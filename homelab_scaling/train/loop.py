@@ -439,7 +439,7 @@ def train(spec: RunSpec, folder: RunFolder, *, started: float, extra_hooks: list
         total = sum(p.n_updates for p in phases(spec.science)) * spec.science.batch_tokens_global
         hooks = [
             MetricsFile(folder),
-            Trackers(accelerator, folder, spec.run_id, spec.execution.trackers),
+            Trackers(accelerator, folder, spec),
             Progress(spec.run_id, total),
             *(extra_hooks or []),
         ]

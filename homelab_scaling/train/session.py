@@ -38,7 +38,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
         SpecError: the launch gave another number of processes than the spec wants.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
     execution = spec.execution
     if execution.device == "cuda" and not torch.cuda.is_available():
@@ -49,7 +49,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
             cpu=on_cpu,
             mixed_precision="bf16" if spec.science.precision == "bf16" else "no",
             log_with=[_installed(tracker) for tracker in execution.trackers] or None,
-            project_dir=folder,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
             # Gradients live in the communication buckets: 4 bytes per parameter saved (accelerate's default copies).
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )

@@ -12,7 +12,7 @@ def curves(folder) -> dict[str, list[int]]:
     """Tag -> the steps of its points, over every event file of the run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(folder.tensorboard / "toy"), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
