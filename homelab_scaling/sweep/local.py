@@ -157,8 +157,8 @@ def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> En
 def _environment() -> dict[str, str]:
     chosen = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", RECORD_TELLS: "1"}
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        # How long a CPU thread spins at a barrier before it sleeps. libgomp's 300,000 turns are 4 % faster on an idle
-        # box and 6 times slower as soon as something else wants a core (2 cores, recipes/LOG.md).
+        # How long a CPU thread spins at a barrier before it sleeps. libgomp's 300,000 turns are 3 to 11 % faster on an
+        # idle box and up to 6 times slower as soon as something else wants a core (2 cores, recipes/LOG.md).
         chosen["GOMP_SPINCOUNT"] = "10000"
     return {**os.environ, **chosen}
 
