@@ -97,8 +97,10 @@ def train_all(runs: list[tuple[RunSpec, RunFolder]]) -> None:
 
     together = False
     try:
+        started = STARTED
         for spec, folder in runs:
-            train(spec, folder, started=STARTED)
+            train(spec, folder, started=started)
+            started = time.monotonic()  # only the first run pays for the imports
         together = True
     except (Stopped, RunFailed):
         together = True  # every rank obeys at the same step

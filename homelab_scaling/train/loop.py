@@ -349,7 +349,7 @@ class Trainer:
         if self.is_main:
             kept = surviving(codec.read_jsonl(self.folder.metrics), self.update)
             batch = self.science.batch_tokens_global
-            self._tell("start", kept, self.update * batch, self._about())
+            self._tell("start", kept, self.update * batch, self._about(skipped))
             self.event(
                 "segment",
                 update=self.update,
@@ -368,15 +368,17 @@ class Trainer:
             )
             self.write_record("running", "in progress")
 
-    def _about(self) -> str:
-        """The segment in a line: what `auto` became, and why."""
+    def _about(self, skipped: list[str]) -> str:
+        """The segment in a line: what `auto` became, and why; before it, each checkpoint that could not be used."""
         c = self.choices
         where = f"goes on at step {self.step}" if self.update else "starts"
-        return (
+        said = [f"{self.spec.run_id}: skipped checkpoint {why}" for why in skipped]
+        said.append(
             f"{self.spec.run_id} {where} on {self.machine.device}, {self.world_size} x "
             f"{self.execution.microbatch_seqs_per_rank} sequences x {self.accumulation}, {self.science.precision}; "
             f"torch.compile {'on' if c.compile else 'off'} ({c.compile_reason}); {c.loss_path} loss ({c.loss_reason})"
         )
+        return "\n".join(said)
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.science.precision == "bf16" else torch.float32

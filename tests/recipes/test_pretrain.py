@@ -11,6 +11,7 @@ from toy_run import make_toy_run, steps_of, train_here, write_shards
 
 from homelab_scaling import codec
 from homelab_scaling.runs import RunFolder
+from homelab_scaling.train.checkpoint import read_manifest
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "pretrain.py"
 
@@ -75,3 +76,36 @@ def test_a_launch_that_silently_starts_one_process_is_refused(tmp_path: Path) ->
     assert done.returncode != 0
     assert "this launch has 1 process, the spec wants 2" in done.stderr
     assert sorted(p.name for p in folder.path.iterdir()) == ["spec.json"]
+
+
+LADDER = """
+name = "two"
+context_tokens = 32
+seeds = [0, 1]
+rungs = [{ name = "a", n_layer = 1, d_model = 16, n_head = 1 }]
+data = { sources = ["text"], tokenizer = "bytes", val_frac = 0.2 }
+horizons = { tokens = [10_240] }
+batch = { tokens = 512 }
+validation = { full_tokens = 2_048, curve_tokens = 512 }
+"""
+
+
+def test_a_rung_by_name_trains_all_its_seeds_and_only_the_first_pays_for_the_start(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for name in ("pretrain.py", "README.md", "LOG.md"):
+        source = RECIPE.with_name(name).read_text(encoding="utf-8")
+        (tmp_path / "text" / f"{name}.txt").write_text(source, encoding="utf-8")
+    ladder, labs = tmp_path / "two.toml", tmp_path / "lab"
+    ladder.write_text(LADDER)
+    homelab = [sys.executable, "-m", "homelab_scaling", "run", str(ladder), "--lab", str(labs), "--prepare"]
+    subprocess.run(homelab, check=True, capture_output=True, timeout=120)
+    command = [sys.executable, str(RECIPE), "--ladder", str(ladder), "--rung", "a", "--lab", str(labs)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    records = [RunFolder(path).read_record() for path in sorted((labs / "two" / "runs").iterdir())]
+    assert [r.status for r in records] == ["finished", "finished"]
+    starts = []
+    for record in records:
+        row = labs / "two" / "runs" / record.run_id / "checkpoints" / "row-10240"
+        starts.append((record.rows[0].seed, read_manifest(row).clock.start_s))
+    (_, first), (_, second) = sorted(starts)
+    assert second < first / 2

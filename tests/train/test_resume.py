@@ -86,7 +86,7 @@ def test_a_signal_checkpoints_and_the_run_goes_on(make_run, number: signal.Signa
     assert [s["update"] for s in segments] == [0, 8], "nothing was computed twice"
 
 
-def test_a_torn_checkpoint_is_skipped_and_named(make_run) -> None:
+def test_a_torn_checkpoint_is_skipped_and_named(make_run, capsys) -> None:
     spec, whole = make_run(lab="whole")
     train_here(spec, whole)
     spec, folder = make_run(lab="torn", checkpoint_every_steps=4)
@@ -105,6 +105,7 @@ def test_a_torn_checkpoint_is_skipped_and_named(make_run) -> None:
     assert train_here(spec, folder).status == "finished"
     last = [e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"][-1]
     assert last["update"] == 4 and "does not match its hash" in last["skipped_checkpoints"][0]
+    assert f"skipped checkpoint {newest.name}: model.safetensors does not match its hash" in capsys.readouterr().err
     assert steps_of(folder) == steps_of(whole)
 
 
