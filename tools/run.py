@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from homelab_scaling import cli, codec
+from homelab_scaling.errors import DataError
 
 if TYPE_CHECKING:
     from homelab_scaling.specs import RunSpec
@@ -68,8 +69,11 @@ def _wrap_up(experiment: "Experiment") -> Path:
 
     write_runs_csv(experiment.lab)
     points, excluded = read_runs(experiment.lab)
-    if points:
+    try:
         save_fit(fit_points(points, excluded, source=experiment.ladder.name), experiment.lab / "fit")
+    except DataError as error:  # too few rows yet: no reason to lose the report, or how the ladder ended
+        (experiment.lab / "fit" / "fit.json").unlink(missing_ok=True)
+        _say(f"no fit: {error}")
     return write_report(experiment.lab)
 
 
