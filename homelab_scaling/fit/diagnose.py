@@ -5,7 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT, Array, Law, get_law
+from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT, KaplanJoint, Law, get_law
+from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.resample import FEW_RUNS, MIN_CLUSTERS
 from homelab_scaling.fit.result import Estimate, FitReport
 from homelab_scaling.fit.slices import Table, levels
@@ -26,8 +27,8 @@ MAX_NAMED_RISES = 6
 
 def too_few(law: Law, table: Table, rows: Rows) -> str | None:
     """Why these rows cannot carry the law at all, naming its parameters; None if they can."""
-    named = listed(list(law.names))
-    n_points, n_params = len(rows), len(law.names)
+    named = listed(list(law.free))
+    n_points, n_params = len(rows), len(law.free)
     if n_points < n_params + 1:
         return (
             f"{n_points} points for {n_params} parameters ({named}): nothing is left over to tell them apart; "
@@ -48,7 +49,7 @@ def too_few(law: Law, table: Table, rows: Rows) -> str | None:
 def design_warnings(law: Law, table: Table, rows: Rows, n_runs: int) -> list[str]:
     """What the choice of rows makes weak, whatever the losses are."""
     said = []
-    n_points, n_params = len(rows), len(law.names)
+    n_points, n_params = len(rows), len(law.free)
     if n_points < POINTS_PER_PARAMETER * n_params:
         said.append(
             f"{n_points} points for {n_params} parameters, fewer than {POINTS_PER_PARAMETER} each: "
@@ -84,30 +85,14 @@ def design_warnings(law: Law, table: Table, rows: Rows, n_runs: int) -> list[str
     return said
 
 
-def unpinned_parameters(
-    law: Law, theta: Array, bounds: tuple[Array, Array], estimates: dict[str, Estimate], losses: Array
-) -> dict[str, str]:
-    """Parameter -> why these points do not pin it down."""
-    found: dict[str, str] = {}
-    k, lowest = len(law.axes), float(losses.min())
-    first = 1 if law.offset else 0
-    for t, (prefactor, exponent) in enumerate(zip(law.prefactors, law.exponents, strict=True)):
-        log_term, slope = theta[first + t], theta[first + k + t]
-        letter = AXIS_LETTER[law.axes[t]]
-        if log_term <= bounds[0][first + t] + 1e-6:
-            reason = f"the {letter} term vanished: over this range the loss does not depend on {letter}"
-            found[prefactor] = found[exponent] = reason
-        elif slope <= bounds[0][first + k + t] * 2:
-            reason = f"{exponent} went to its lower bound 0: over this range the loss does not fall with {letter}"
-            found[prefactor] = found[exponent] = reason
-            if law.offset:
-                found["E"] = reason
-        elif slope >= bounds[1][first + k + t] * 0.999:
-            found[prefactor] = found[exponent] = (
-                f"{exponent} went to its upper bound {number(bounds[1][first + k + t])}"
-            )
-    if law.offset and "E" not in found and float(np.exp(theta[0])) < ZERO_OFFSET * lowest:
-        found["E"] = "E went to its lower bound 0: these losses show no sign of levelling off"
+def unpinned_parameters(law: Law, theta: Array, estimates: dict[str, Estimate], losses: Array) -> dict[str, str]:
+    """Parameter -> why these points do not pin it down.
+
+    Args:
+        theta: the law's whole theta at the optimum.
+    """
+    found = _at_bounds(law, theta, losses) if not isinstance(law, KaplanJoint) else {}
+    lowest = float(losses.min())
     for parameter in law.parameters:
         interval = estimates[parameter.name].ci95
         if parameter.name in found or interval is None:
@@ -118,6 +103,28 @@ def unpinned_parameters(
     for prefactor, exponent in zip(law.prefactors, law.exponents, strict=True):
         if exponent in found:  # they trade off along a ridge: digits of one alone would be invented
             found.setdefault(prefactor, found[exponent])
+    return {name: why for name, why in found.items() if name not in law.fixed}
+
+
+def _at_bounds(law: Law, theta: Array, losses: Array) -> dict[str, str]:
+    found: dict[str, str] = {}
+    low, high = law.bounds(losses)
+    k, first = len(law.axes), 1 if law.offset else 0
+    for t, (prefactor, exponent) in enumerate(zip(law.prefactors, law.exponents, strict=True)):
+        log_term, slope = theta[first + t], theta[first + k + t]
+        letter = AXIS_LETTER[law.axes[t]]
+        if log_term <= low[first + t] + 1e-6:
+            reason = f"the {letter} term vanished: over this range the loss does not depend on {letter}"
+            found[prefactor] = found[exponent] = reason
+        elif slope <= low[first + k + t] * 2:
+            reason = f"{exponent} went to its lower bound 0: over this range the loss does not fall with {letter}"
+            found[prefactor] = found[exponent] = reason
+            if law.offset:
+                found["E"] = reason
+        elif slope >= high[first + k + t] * 0.999:
+            found[prefactor] = found[exponent] = f"{exponent} went to its upper bound {number(high[first + k + t])}"
+    if law.offset and "E" not in found and float(np.exp(theta[0])) < ZERO_OFFSET * losses.min():
+        found["E"] = "E went to its lower bound 0: these losses show no sign of levelling off"
     return found
 
 

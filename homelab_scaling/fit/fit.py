@@ -8,12 +8,14 @@ from numpy.typing import NDArray
 
 from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit import diagnose
-from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Array, Law, get_law, start_grid
+from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Law, Posed, get_law
+from homelab_scaling.fit.models import Array
+from homelab_scaling.fit.objectives import ObjectiveName, parse_objective
 from homelab_scaling.fit.points import Count, apply_count
-from homelab_scaling.fit.resample import FEW_RUNS, Resamples, clusters, resample
+from homelab_scaling.fit.resample import FEW_RUNS, Resamples, budget_strata, clusters, resample
 from homelab_scaling.fit.result import Draws, Estimate, FitReport, ScalingFit, draws_name
 from homelab_scaling.fit.slices import Slice, Table, slices_for, tabulate
-from homelab_scaling.fit.solve import LogSum, ObjectiveName, Optimum, parse_objective, solve
+from homelab_scaling.fit.solve import Optimum, solve
 from homelab_scaling.runs import Excluded, LossPoint
 
 N_BOOTSTRAP = 4000
@@ -46,17 +48,18 @@ def fit_points(
         SpecError: an unknown law or objective, or a negative number of resamples.
         DataError: fewer than two points, or a count that the rows do not support.
     """
-    chosen = [get_law(name) for name in laws] if laws else list(LAWS.values())
+    chosen = [get_law(name) for name in laws]
     name = parse_objective(objective)
     if not 0 <= n_bootstrap <= 100_000:
         raise SpecError(f"{n_bootstrap} bootstrap resamples asked for, wants 0 to 100,000")
     if len(points) < 2:
         raise DataError(f"{source}: {len(points)} points; a law needs at least three, so finish more rungs")
     table = tabulate(apply_count(tuple(points), count))
+    chosen = chosen or [law for law in LAWS.values() if set(law.axes) <= set(table.columns)]
     fits: list[ScalingFit] = []
     draws: dict[str, Draws] = {}
     for law in chosen:
-        found = slices_for(law, table)
+        found = slices_for(law, table) if set(law.axes) <= set(table.columns) else []
         if not found:
             fits.append(_no_slice(law, name, table, excluded))
         for index, rows in enumerate(found):
@@ -87,6 +90,7 @@ def fit_points(
         warnings=tuple(diagnose.table_warnings(table)),
     )
     report.draws.update(draws)
+    report.points.extend(points)
     return report
 
 
@@ -97,24 +101,19 @@ class _Problem:
     law: Law
     losses: Array
     columns: dict[str, Array]
-    centres: dict[str, float]
     runs: NDArray[np.int64]
-    bounds: tuple[Array, Array]
-    model: LogSum
+    posed: Posed
 
 
 def _pose(law: Law, table: Table, rows: Slice) -> _Problem:
     columns = {axis: table.columns[axis][rows.rows] for axis in law.axes}
-    centres = {axis: float(np.log(values).mean()) for axis, values in columns.items()}
     losses = table.losses[rows.rows]
     return _Problem(
         law=law,
         losses=losses,
         columns=columns,
-        centres=centres,
         runs=clusters([table.run_ids[i] for i in rows.rows]),
-        bounds=law.bounds(losses),
-        model=LogSum(law.basis(columns, centres)),
+        posed=law.pose(columns, losses),
     )
 
 
@@ -140,22 +139,23 @@ def fit_law(
     if name.kind == "adaptive" and n_runs < FEW_RUNS:
         resolved = parse_objective("l2-log")  # outliers cannot be told from noise with so few runs
     y = np.log(problem.losses)
-    starts = start_grid(law, problem.columns, problem.losses, problem.centres, N_STARTS[len(law.axes)])
-    optimum = solve(problem.model, y, starts, resolved, bounds=problem.bounds)
+    posed = problem.posed
+    optimum = solve(posed.model, y, posed.starts(N_STARTS[len(law.axes)]), resolved, bounds=posed.bounds)
     again: Resamples | None = None
     if n_bootstrap:
         again = resample(
-            problem.model,
+            posed.model,
             y,
             runs=problem.runs,
+            strata=budget_strata(table.columns["flops"][rows.rows], problem.runs),
             optimum=optimum,
             name=resolved,
-            bounds=problem.bounds,
+            bounds=posed.bounds,
             n_draws=n_bootstrap,
             rng=rng,
         )
-    point = law.natural(optimum.theta, problem.centres)
-    values = law.natural(again.theta, problem.centres) if again else np.zeros((0, len(law.names)))
+    point = posed.natural(optimum.theta)
+    values = posed.natural(again.theta) if again else np.zeros((0, len(law.names)))
     drawn = Draws(names=law.names, point=point, values=values)
     reported = _report_fit(
         problem, rows, left_out=left_out, name=name, optimum=optimum, again=again, drawn=drawn, n_runs=n_runs
@@ -174,15 +174,17 @@ def _report_fit(
     drawn: Draws,
     n_runs: int,
 ) -> ScalingFit:
-    law, losses = problem.law, problem.losses
+    law, losses, posed = problem.law, problem.losses, problem.posed
     estimates = {p: estimate(float(drawn.point[i]), drawn.values[:, i]) for i, p in enumerate(law.names)}
+    for name, value in law.pinned:
+        estimates[name] = Estimate(value=value)
     if law.offset:
         estimates["E"] = _floored(estimates["E"], 1e-4 * float(losses.min()))
     for exponent in law.exponents:
         estimates[exponent] = _floored(estimates[exponent], 2 * MIN_EXPONENT)
-    unpinned = diagnose.unpinned_parameters(law, optimum.theta, problem.bounds, estimates, losses)
+    unpinned = diagnose.unpinned_parameters(law, posed.full(optimum.theta), estimates, losses)
     derived, loose = _derived(law, drawn, unpinned, float(losses.min()))
-    f, _shares = problem.model.value(optimum.theta[None])
+    f, _shares = posed.model.value(optimum.theta[None])
     residuals = np.log(losses) - f[0]
     spread = float(((np.log(losses) - np.log(losses).mean()) ** 2).sum())
     r2 = 1 - float((residuals**2).sum()) / spread if spread > 0 else None
@@ -214,7 +216,7 @@ def _report_fit(
         interval=again.method if again else "no intervals: run with --bootstrap 4000",
         unpinned=hidden,
         ranges={axis: (float(v.min()), float(v.max())) for axis, v in problem.columns.items()},
-        sigma_log=float(np.sqrt((residuals**2).sum() / (len(losses) - len(law.names)))),
+        sigma_log=float(np.sqrt((residuals**2).sum() / max(1, len(losses) - len(law.free)))),
     )
 
 
@@ -276,6 +278,11 @@ def _status(optimum: Optimum) -> str:
 
 
 def _no_slice(law: Law, name: ObjectiveName, table: Table, excluded: Sequence[Excluded]) -> ScalingFit:
+    missing = [axis for axis in law.axes if axis not in table.columns]
+    if missing:
+        fault = f"not every row has {missing[0]}, which {law.title} needs; add that column"
+        nothing = Slice(rows=np.arange(0), words="none", outside=f"{missing[0]} is not known for every row")
+        return _not_fitted(law, name, nothing, left_out=tuple(excluded), table=table, fault=fault)
     what = "token count is shared by three sizes" if law.axes == ("n_params",) else "size has three token counts"
     fault = f"no {what}, which {law.title} needs; L(N, D) uses all rows, or add horizons equal for all rungs"
     nothing = Slice(rows=np.arange(0), words="none", outside=f"no {what}")

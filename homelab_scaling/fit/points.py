@@ -2,8 +2,9 @@
 
 import csv
 import dataclasses
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -212,6 +213,18 @@ def _truth(path: Path, number: int, cell: str) -> bool | None:
     if cell.lower() not in known:
         raise DataError(f"{path}: row {number}, column decayed is {cell[:40]!r}, wants true or false; mend that row")
     return known[cell.lower()]
+
+
+def points_csv(points: Sequence[LossPoint]) -> str:
+    """The points as a CSV that `read_points` gives back as they were; columns that no point has are left out."""
+    used = [name for name in FIELDS if any(getattr(p, name) is not None for p in points)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(used)
+    for point in points:
+        cells = [getattr(point, name) for name in used]
+        writer.writerow(["" if c is None else str(c).lower() if isinstance(c, bool) else c for c in cells])
+    return out.getvalue()
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

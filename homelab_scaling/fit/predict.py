@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from homelab_scaling.errors import SpecError
-from homelab_scaling.fit.laws import Array, get_law
+from homelab_scaling.fit.laws import get_law
+from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.result import Draws, Estimate, FitReport, ScalingFit
 
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from homelab_scaling.fit.laws import Array
-from homelab_scaling.fit.solve import LogSum, ObjectiveName, Optimum, refit
+from homelab_scaling.fit.models import Array, Model
+from homelab_scaling.fit.objectives import ObjectiveName
+from homelab_scaling.fit.solve import Optimum, refit
 
 FEW_RUNS = 12
 """Below this many runs a pairs bootstrap is fiction and least squares with wild cluster resamples is used instead."""
 MIN_CLUSTERS = 3
+SAME_BUDGET = 0.05
+MIN_PER_BUDGET = 3
 MIN_SPARE = 0.05
 """Smallest share of a residual direction that the fit may leave free; below it, it tells nothing of the noise."""
 WEBB = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
@@ -36,40 +39,94 @@ def clusters(run_ids: list[str]) -> NDArray[np.int64]:
     return np.array([order[run] for run in run_ids], dtype=np.int64)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Resampling:
+    """What else the experiment could have measured; laws refitted to the same one give paired draws."""
+
+    y: Array
+    """Log losses, (n,) where the rows keep theirs, else (R, n)."""
+    weights: Array
+    """Multiplicity of each row, (n,) where every row counts once, else (R, n)."""
+    method: str
+
+
 def resample(
-    model: LogSum,
+    model: Model,
     y: Array,
     *,
     runs: NDArray[np.int64],
+    strata: NDArray[np.int64],
     optimum: Optimum,
     name: ObjectiveName,
     bounds: tuple[Array, Array],
     n_draws: int,
     rng: np.random.Generator,
 ) -> Resamples:
-    """Refits of `n_draws` resamples.
+    """Refits of `n_draws` resamples (see `draw`)."""
+    drawn = draw(model, y, runs=runs, strata=strata, theta=optimum.theta, n_draws=n_draws, rng=rng)
+    found = refit(model, drawn.y, drawn.weights, optimum, name, bounds=bounds)
+    good = np.isfinite(found.value) & np.isfinite(found.theta).all(axis=1)
+    return Resamples(theta=found.theta[good], method=drawn.method, n_failed=int((~good).sum()))
 
-    At 12 runs or more: pairs bootstrap over runs (rows of a run together, as integer weights). Below: wild cluster
-    bootstrap with Webb's six-point weights on residuals freed of the fit's pull (the jackknife correction) and widened
-    by Student's t at n_runs - 1 degrees of freedom. With one or two runs the rows are the unit, and it says so.
+
+def draw(
+    model: Model,
+    y: Array,
+    *,
+    runs: NDArray[np.int64],
+    strata: NDArray[np.int64],
+    theta: Array,
+    n_draws: int,
+    rng: np.random.Generator,
+) -> Resampling:
+    """`n_draws` resamples of the rows.
+
+    At 12 runs or more: pairs bootstrap over runs (rows of a run together, as integer weights), within strata. Below:
+    wild cluster bootstrap with Webb's six-point weights on residuals freed of the fit's pull (the jackknife correction)
+    and widened by Student's t at n_runs - 1 degrees of freedom. With one or two runs the rows are the unit, and it
+    says so.
+
+    Args:
+        model, y, theta: the fit whose residuals the wild bootstrap reuses.
+        runs: run of each row (n,).
+        strata: stratum of each run (n_runs,); see `budget_strata`.
 
     Source: MacKinnon, Nielsen and Webb 2023 (jackknife-corrected wild clusters); Webb 2014 (six-point weights).
     """
     n_points, n_runs = len(y), int(runs.max()) + 1
     if n_runs >= FEW_RUNS:
-        counts = rng.multinomial(n_runs, np.full(n_runs, 1 / n_runs), size=n_draws)
-        found = refit(model, y, counts[:, runs].astype(np.float64), optimum, name, bounds=bounds)
-        method = f"pairs bootstrap over {n_runs} runs"
-    else:
-        units, unit = (runs, "runs") if n_runs >= MIN_CLUSTERS else (np.arange(n_points), "rows")
-        n_units = int(units.max()) + 1
-        f, shares = model.value(optimum.theta[None])
-        noise = free_residuals(y - f[0], model.jacobian(shares)[0], units) * student_widening(n_units - 1)
-        signs = rng.choice(WEBB, size=(n_draws, n_units))
-        found = refit(model, f[0] + signs[:, units] * noise, np.ones(n_points), optimum, name, bounds=bounds)
-        method = f"wild cluster bootstrap over {n_units} {unit}, jackknife-corrected, Student t"
-    good = np.isfinite(found.value) & np.isfinite(found.theta).all(axis=1)
-    return Resamples(theta=found.theta[good], method=method, n_failed=int((~good).sum()))
+        counts = np.zeros((n_draws, n_runs))
+        for stratum in range(int(strata.max()) + 1):
+            members = np.flatnonzero(strata == stratum)
+            counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_draws)
+        within = f" within {int(strata.max()) + 1} budgets" if strata.max() > 0 else ""
+        method = f"pairs bootstrap over {n_runs} runs{within}"
+        return Resampling(y=y, weights=counts[:, runs], method=method)
+    units, unit = (runs, "runs") if n_runs >= MIN_CLUSTERS else (np.arange(n_points), "rows")
+    n_units = int(units.max()) + 1
+    f, state = model.value(theta[None])
+    noise = free_residuals(y - f[0], model.jacobian(state)[0], units) * student_widening(n_units - 1)
+    signs = rng.choice(WEBB, size=(n_draws, n_units))
+    method = f"wild cluster bootstrap over {n_units} {unit}, jackknife-corrected, Student t"
+    return Resampling(y=f[0] + signs[:, units] * noise, weights=np.ones(n_points), method=method)
+
+
+def budget_strata(flops: Array, runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Stratum of each run (n_runs,): its compute budget, where the design is isoFLOP; else all zeros.
+
+    A design is isoFLOP when every run has one row and every budget (within 5 %) at least three runs, two budgets or
+    more. Resampling within budgets then keeps every isoFLOP curve in every resample.
+    """
+    n_runs = int(runs.max()) + 1
+    one = np.zeros(n_runs, dtype=np.int64)
+    if len(flops) != n_runs:
+        return one
+    order = np.argsort(flops, kind="stable")
+    strata = np.concatenate([[0], np.cumsum(flops[order][1:] > flops[order][:-1] * (1 + SAME_BUDGET))])
+    if strata[-1] == 0 or np.bincount(strata).min() < MIN_PER_BUDGET:
+        return one
+    one[runs[order]] = strata
+    return one
 
 
 def free_residuals(residuals: Array, jacobian: Array, units: NDArray[np.int64]) -> Array:

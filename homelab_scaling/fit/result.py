@@ -1,15 +1,20 @@
-"""What a fit is on disk: fit.json and the .npz of its draws beside it."""
+"""What a fit is on disk: fit.json, and beside it the .npz of its draws and the points it was fitted to."""
 
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from homelab_scaling import codec
 from homelab_scaling.errors import DataError, MachineError
-from homelab_scaling.fit.laws import Array
-from homelab_scaling.runs import Excluded
+from homelab_scaling.fit.models import Array
+from homelab_scaling.fit.points import points_csv, read_points
+from homelab_scaling.runs import Excluded, LossPoint
+
+
+POINTS_FILE = "points.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +24,99 @@ class Estimate:
     value: float | None
     se: float | None = None
     ci95: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossCheck:
+    """The 95 % interval of one quantity by three roads; None where a road does not lead there."""
+
+    bootstrap95: tuple[float, float] | None
+    profile95: tuple[float, float] | None
+    """Where the profiled objective rises by what noise explains; an end that no value reaches is None in the words."""
+    delta95: tuple[float, float] | None
+    """From the Jacobian at the optimum (cluster-robust)."""
+    disagreement: str | None
+    """A sentence where the roads differ by more than a factor of two in width; None where they agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOutWindow:
+    """One fold: fitted below, judged above."""
+
+    largest: float
+    """Largest N (or C) that was fitted."""
+    n_train: int
+    n_test: int
+    rms_frac: float
+    """Root mean square of log(predicted / measured) on the rows above."""
+    bias_frac: float
+    """Mean of log(predicted / measured): above 0 predicts too high a loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """How well a law fitted to the smaller runs predicts the larger ones."""
+
+    law: str
+    along: Literal["n_params", "flops"]
+    windows: tuple[HoldOutWindow, ...]
+    rms_frac: float | None
+    """Over all windows; None where there is none."""
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approach:
+    """One way to the exponent of N_opt(C): Hoffmann's 1 (envelope), 2 (isoFLOP parabolas), 3 (joint law)."""
+
+    name: Literal["1", "2", "3-free", "3-tied"]
+    a: Estimate
+    b: Estimate
+    n_opt: Estimate
+    """At the report's `budget_flops`."""
+    why_not: str | None = None
+    """Why it gives no numbers; None where it does."""
+    notes: tuple[str, ...] = ()
+    """What it dropped, and an estimate of its own bias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement:
+    """Two approaches on the same resamples."""
+
+    first: str
+    second: str
+    a_difference: Estimate
+    """a of the first minus a of the second."""
+    p_value: float | None
+    """Two-sided, from the paired draws; None without draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountRow:
+    """The same rows under another parameter count."""
+
+    count: str
+    a: Estimate
+    """Exponent of N_opt(C) with C = 6 N D of this count."""
+    alpha: Estimate
+    """Exponent of L(N) at the largest common D."""
+    why_not: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What stands beside the fits: other roads to the same numbers, and how well each law predicts what it did not see."""
+
+    budget_flops: float
+    """Where the approaches' N_opt are compared."""
+    approaches: tuple[Approach, ...]
+    disagreements: tuple[Disagreement, ...]
+    holdouts: tuple[HoldOut, ...]
+    chosen_law: str | None
+    """Lowest hold-out error among free, tied and pinned; None where nothing could be held out."""
+    counts: tuple[CountRow, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +152,8 @@ class ScalingFit:
     """Variable -> smallest and largest value among the points used; beyond them a prediction extrapolates."""
     sigma_log: float | None
     """Residual standard deviation of log loss, corrected for the fitted parameters."""
+    cross_checks: dict[str, CrossCheck] = field(default_factory=dict)
+    """Exponents, E and a by bootstrap, profile and delta method."""
 
     @property
     def is_fitted(self) -> bool:
@@ -80,8 +180,12 @@ class FitReport:
     """What was done to the table on the way in."""
     warnings: tuple[str, ...]
     """About the design as a whole; each fit has its own as well."""
+    evidence: Evidence | None = None
+    """None where no L(N, D) could be fitted, or it was not asked for."""
     draws: dict[str, "Draws"] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Draws file -> its content; filled after making, and kept out of the JSON."""
+    points: list[LossPoint] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The rows that were given to the fits, before any --count; in points.csv beside fit.json."""
 
     def get(self, law: str) -> ScalingFit | None:
         """The first (main) fit of a law."""
@@ -109,7 +213,7 @@ def draws_name(index: int, law: str) -> str:
 
 
 def save_fit(report: FitReport, folder: Path) -> Path:
-    """Writes fit.json and its draws into `folder` and returns the path of fit.json.
+    """Writes fit.json, its draws and its points into `folder` and returns the path of fit.json.
 
     Raises:
         MachineError: the folder cannot be written.
@@ -125,6 +229,8 @@ def save_fit(report: FitReport, folder: Path) -> Path:
             stale.unlink()
     except OSError as error:
         raise MachineError(f"{folder}: could not be written ({error.strerror}); choose another --out") from None
+    if report.points:
+        codec.write_text(folder / POINTS_FILE, points_csv(report.points))
     path = folder / "fit.json"
     codec.write_json(path, report)
     return path
@@ -148,4 +254,6 @@ def load_fit(path: Path) -> FitReport:
                 report.draws[fit.draws_file] = Draws(names=names, point=data["point"], values=data["draws"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise DataError(f"{beside}: damaged draws file; run `homelab fit` again") from None
+    if (rows := file.parent / POINTS_FILE).exists():
+        report.points.extend(read_points(rows).points)
     return report

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from homelab_scaling.fit.laws import Array, Law
+from homelab_scaling.fit.laws import Law
+from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.words import short
 from homelab_scaling.runs import LossPoint
 
@@ -31,7 +32,7 @@ class Table:
 
     points: tuple[LossPoint, ...]
     columns: dict[str, Array]
-    """n_params, n_tokens, flops."""
+    """n_params, n_tokens, flops; s_min_steps and n_tokens_unique where every row has them."""
     losses: Array
     run_ids: list[str]
     flops_from: str
@@ -46,15 +47,25 @@ def tabulate(points: tuple[LossPoint, ...]) -> Table:
     """The points as arrays; C is the rows' exact FLOPs where every row has them, else 6 N D for all."""
     n = np.array([p.n_params for p in points], dtype=np.float64)
     d = np.array([p.n_tokens for p in points], dtype=np.float64)
-    exact = all(p.flops is not None for p in points)
-    flops = np.array([p.flops for p in points], dtype=np.float64) if exact else 6 * n * d
+    flops = _known(points, "flops")
+    columns = {"n_params": n, "n_tokens": d, "flops": 6 * n * d if flops is None else flops}
+    for name in ("s_min_steps", "n_tokens_unique"):
+        column = _known(points, name)
+        if column is not None:
+            columns[name] = column
     return Table(
         points=points,
-        columns={"n_params": n, "n_tokens": d, "flops": flops},
+        columns=columns,
         losses=np.array([p.loss_nats for p in points], dtype=np.float64),
         run_ids=[p.run_id or f"run of {p.row_id or i}" for i, p in enumerate(points)],
-        flops_from="each row's own FLOPs" if exact else "6 N D, since not every row has its FLOPs",
+        flops_from="6 N D, since not every row has its FLOPs" if flops is None else "each row's own FLOPs",
     )
+
+
+def _known(points: tuple[LossPoint, ...], name: str) -> Array | None:
+    """A column that every point has, or None."""
+    values = [getattr(p, name) for p in points]
+    return None if any(v is None for v in values) else np.array(values, dtype=np.float64)
 
 
 def levels(values: Array) -> list[NDArray[np.int64]]:

@@ -110,7 +110,7 @@ def test_planted_exponent_without_offset_is_exact(alpha, prefactor):
 
 def test_rows_feed_the_laws_they_are_about():
     report = fit_points(ladder(chinchilla), n_bootstrap=0)
-    by_law = {name: [f for f in report.fits if f.law == name] for name in LAWS}
+    by_law = {name: [f for f in report.fits if f.law == name] for name in LAWS if name != "kaplan-s"}
     assert [f.rows for f in by_law["power-n"]] == ["D = 6.00M tokens", "D = 3.00M tokens", "D = 1.50M tokens"]
     assert by_law["power-d"][0].rows == "N = 852k parameters"
     assert report.get("power-n").n_points == 5
@@ -312,7 +312,7 @@ def test_levels_group_within_one_percent():
 
 def test_unknown_law_is_refused():
     with pytest.raises(SpecError, match="choose among power-n"):
-        get_law("kaplan")
+        get_law("kaplan-2")
     with pytest.raises(SpecError, match="bootstrap"):
         fit_points(ladder(chinchilla), n_bootstrap=-1)
 

@@ -79,7 +79,7 @@ FLAGS = {
     "where empty": (["--where", "n_params=3"], "no row has n_params=3"),
     "drop all": (["--drop-highest-loss", "4"], "drop 0 or more, not all"),
     "drop negative": (["--drop-highest-loss", "-1"], "drop 0 or more, not all"),
-    "law": (["--law", "kaplan"], "no law 'kaplan'"),
+    "law": (["--law", "kaplan-2"], "no law 'kaplan-2'"),
     "objective": (["--objective", "mse"], "no objective 'mse'"),
     "count": (["--count", "body"], "column n_body is empty"),
     "bootstrap": (["--bootstrap", "-5"], "bootstrap"),

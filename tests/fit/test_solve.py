@@ -8,7 +8,9 @@ import pytest
 
 from homelab_scaling.errors import SpecError
 from homelab_scaling.fit.laws import LAWS, start_grid
-from homelab_scaling.fit.solve import LogSum, Objective, Optimum, minimise, parse_objective, refit, solve
+from homelab_scaling.fit.models import LogSum
+from homelab_scaling.fit.objectives import Objective, parse_objective
+from homelab_scaling.fit.solve import Optimum, minimise, refit, solve
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
