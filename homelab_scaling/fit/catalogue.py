@@ -174,9 +174,8 @@ def open_fit(source: str) -> FitReport:
             return load_fit(candidate)
     if path.is_dir():
         raise SpecError(f"{source}: no fit.json in it; run `homelab fit {source}` first")
-    raise SpecError(
-        f"{source}: no fit, folder or published law of that name; give a lab, a fit.json or one of {', '.join(CATALOGUE)}"
-    )
+    known = ", ".join(CATALOGUE)
+    raise SpecError(f"{source}: no fit, folder or published law of that name; give a lab, a fit.json or one of {known}")
 
 
 def joint_fit(report: FitReport, law: str | None = None) -> tuple[ScalingFit, Law, Draws]:
@@ -196,6 +195,5 @@ def joint_fit(report: FitReport, law: str | None = None) -> tuple[ScalingFit, La
         if fit is not None and fit.is_fitted and get_law(name).splits and fit.draws_file in report.draws:
             return fit, get_law(name), report.draws[fit.draws_file]
     found = next((f.status for f in report.fits if law is None or f.law == law), "it was not asked for")
-    raise SpecError(
-        f"{report.source}: no fitted {law or 'L(N, D)'} ({found}); fit one with `homelab fit --law {law or 'chinchilla'}`"
-    )
+    again = f"fit one with `homelab fit --law {law or 'chinchilla'}`"
+    raise SpecError(f"{report.source}: no fitted {law or 'L(N, D)'} ({found}); {again}")

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit import diagnose
+from homelab_scaling.fit.crosscheck import cross_checks
 from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Law, Posed, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import ObjectiveName, parse_objective
@@ -176,8 +177,8 @@ def _report_fit(
 ) -> ScalingFit:
     law, losses, posed = problem.law, problem.losses, problem.posed
     estimates = {p: estimate(float(drawn.point[i]), drawn.values[:, i]) for i, p in enumerate(law.names)}
-    for name, value in law.pinned:
-        estimates[name] = Estimate(value=value)
+    for pinned, value in law.pinned:
+        estimates[pinned] = Estimate(value=value)
     if law.offset:
         estimates["E"] = _floored(estimates["E"], 1e-4 * float(losses.min()))
     for exponent in law.exponents:
@@ -197,6 +198,20 @@ def _report_fit(
     if again and again.n_failed:
         warnings.append(f"{again.n_failed} resamples did not converge and are left out of the intervals")
     hidden = unpinned | loose
+    checks = (
+        cross_checks(
+            law,
+            posed,
+            optimum,
+            np.log(losses),
+            runs=problem.runs,
+            estimates=estimates | derived,
+            skip=_at_bound(hidden),
+        )
+        if again
+        else {}
+    )
+    warnings += [check.disagreement for check in checks.values() if check.disagreement]
     return ScalingFit(
         law=law.name,
         objective=_resolved_name(name, optimum),
@@ -216,6 +231,7 @@ def _report_fit(
         interval=again.method if again else "no intervals: run with --bootstrap 4000",
         unpinned=hidden,
         ranges={axis: (float(v.min()), float(v.max())) for axis, v in problem.columns.items()},
+        cross_checks=checks,
         sigma_log=float(np.sqrt((residuals**2).sum() / max(1, len(losses) - len(law.free)))),
     )
 
@@ -254,6 +270,10 @@ def _floored(e: Estimate, floor: float) -> Estimate:
         return e
     low, high = (0.0 if end < floor else end for end in e.ci95)
     return Estimate(value=e.value, se=e.se, ci95=(low, high))
+
+
+def _at_bound(unpinned: dict[str, str]) -> list[str]:
+    return [name for name, why in unpinned.items() if "bound" in why or "vanished" in why]
 
 
 def _hide(one: Estimate) -> Estimate:

@@ -255,8 +255,8 @@ class Law:
         return {"exponent": p[self.exponents[0]]} if len(self.axes) == 1 else {}
 
     def _along_optimum(self, values: Array) -> Array:
-        _a, _b, alpha, beta = self.split_terms(values)
-        return alpha * beta / (alpha + beta)
+        p = self.by_name(values)
+        return p["alpha"] * p["beta"] / (p["alpha"] + p["beta"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +295,7 @@ class KaplanJoint(Law):
 
     def _along_optimum(self, values: Array) -> Array:
         _n_c, _d_c, alpha_n, alpha_d = np.moveaxis(values, -1, 0)
-        return alpha_n * alpha_d / (alpha_n + alpha_d)
+        return np.asarray(alpha_n * alpha_d / (alpha_n + alpha_d))
 
 
 def _power(axis: str, name: str, prefactor: str, exponent: str, offset: bool) -> Law:

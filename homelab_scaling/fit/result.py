@@ -13,7 +13,6 @@ from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.points import points_csv, read_points
 from homelab_scaling.runs import Excluded, LossPoint
 
-
 POINTS_FILE = "points.csv"
 
 
@@ -31,8 +30,8 @@ class CrossCheck:
     """The 95 % interval of one quantity by three roads; None where a road does not lead there."""
 
     bootstrap95: tuple[float, float] | None
-    profile95: tuple[float, float] | None
-    """Where the profiled objective rises by what noise explains; an end that no value reaches is None in the words."""
+    profile95: tuple[float | None, float | None] | None
+    """Where the profiled objective has risen by more than noise explains; an end that no value reaches is None."""
     delta95: tuple[float, float] | None
     """From the Jacobian at the optimum (cluster-robust)."""
     disagreement: str | None
@@ -106,7 +105,7 @@ class CountRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What stands beside the fits: other roads to the same numbers, and how well each law predicts what it did not see."""
+    """What stands beside the fits: other roads to the same numbers, and how well each law predicts the unseen."""
 
     budget_flops: float
     """Where the approaches' N_opt are compared."""

@@ -21,6 +21,8 @@ GRADIENT_CERTIFIED = 1e-6
 RESIDUAL_FLOOR = 1e-13
 SAME_BASIN = 1e-6
 LAD_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-11)
+REFIT_LAD_DELTAS = (1e-3, 1e-5, 1e-7)
+"""A resample's spread needs no twelfth digit."""
 CACHED = 32_768
 """Numbers per array of a cut (256 KiB): a dozen of them are in use at a time."""
 ROUND_STEPS = 8
@@ -59,7 +61,7 @@ def minimise(
         starts: (R, P).
         bounds: lowest and highest theta, (P,) or (R, P) each; equal ones hold a parameter.
     """
-    batch = _Batch(model, y, weights, starts, objective, bounds)
+    batch = _Batch(model, objective, y=y, weights=weights, starts=starts, bounds=bounds)
     active = np.arange(len(starts))
     size = max(1, CACHED // model.n_points)
     taken = 0
@@ -75,7 +77,14 @@ class _Batch:
     """Every member's state between cuts."""
 
     def __init__(
-        self, model: Model, y: Array, weights: Array, starts: Array, objective: Objective, bounds: tuple[Array, Array]
+        self,
+        model: Model,
+        objective: Objective,
+        *,
+        y: Array,
+        weights: Array,
+        starts: Array,
+        bounds: tuple[Array, Array],
     ) -> None:
         n_batch = len(starts)
         self.model, self.objective = model, objective
@@ -95,7 +104,18 @@ class _Batch:
         f, state = self.model.value(theta)
         value = self.objective.value(f, y, weights)
         for _ in range(n_steps):
-            step, norm = _step(self.model, self.objective, state, f, y, weights, theta, damping, exact, (low, high))
+            step, norm = _step(
+                self.model,
+                self.objective,
+                state=state,
+                f=f,
+                y=y,
+                weights=weights,
+                theta=theta,
+                damping=damping,
+                exact=exact,
+                bounds=(low, high),
+            )
             self.gradient[members] = norm
             trial = np.clip(theta + step, low, high)
             trial_f, trial_state = self.model.value(trial)
@@ -113,9 +133,9 @@ class _Batch:
             self.theta[members], self.value[members] = theta, value
             going = (norm > GRADIENT_DONE) & (damping < 1e14)
             if not going.all():
-                members, y, weights, low, high = (a[going] for a in (members, y, weights, low, high))
-                theta, value, damping, exact = (a[going] for a in (theta, value, damping, exact))
-                f, state = f[going], state[:, going]
+                members, exact, y, weights = members[going], exact[going], y[going], weights[going]
+                low, high, theta, value = low[going], high[going], theta[going], value[going]
+                damping, f, state = damping[going], f[going], state[:, going]
                 if len(members) == 0:
                     break
         self.damping[members], self.exact[members] = damping, exact
@@ -125,6 +145,7 @@ class _Batch:
 def _step(
     model: Model,
     objective: Objective,
+    *,
     state: Array,
     f: Array,
     y: Array,
@@ -251,7 +272,7 @@ def refit(
     """
     n_batch = max(y.shape[0] if y.ndim == 2 else 1, weights.shape[0] if weights.ndim == 2 else 1)
     best: Minima | None = None
-    deltas = LAD_DELTAS if name.kind == "lad" else (optimum.objective.delta,)
+    deltas = REFIT_LAD_DELTAS if name.kind == "lad" else (optimum.objective.delta,)
     for start in optimum.candidates:
         theta = np.repeat(start[None], n_batch, axis=0)
         for delta in deltas:
