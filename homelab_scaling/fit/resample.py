@@ -78,6 +78,7 @@ def draw(
     theta: Array,
     n_draws: int,
     rng: np.random.Generator,
+    multipliers: Array | None = None,
 ) -> Resampling:
     """`n_draws` resamples of the rows.
 
@@ -90,15 +91,13 @@ def draw(
         model, y, theta: the fit whose residuals the wild bootstrap reuses.
         runs: run of each row (n,).
         strata: stratum of each run (n_runs,); see `budget_strata`.
+        multipliers: (n_draws, unit) instead of drawn ones: how often each run counts, or the wild bootstrap's signs.
 
     Source: MacKinnon, Nielsen and Webb 2023 (jackknife-corrected wild clusters); Webb 2014 (six-point weights).
     """
     n_points, n_runs = len(y), int(runs.max()) + 1
     if n_runs >= FEW_RUNS:
-        counts = np.zeros((n_draws, n_runs))
-        for stratum in range(int(strata.max()) + 1):
-            members = np.flatnonzero(strata == stratum)
-            counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_draws)
+        counts = pair_counts(strata, n_draws, rng) if multipliers is None else multipliers
         within = f" within {int(strata.max()) + 1} budgets" if strata.max() > 0 else ""
         method = f"pairs bootstrap over {n_runs} runs{within}"
         return Resampling(y=y, weights=counts[:, runs], method=method)
@@ -106,9 +105,18 @@ def draw(
     n_units = int(units.max()) + 1
     f, state = model.value(theta[None])
     noise = free_residuals(y - f[0], model.jacobian(state)[0], units) * student_widening(n_units - 1)
-    signs = rng.choice(WEBB, size=(n_draws, n_units))
+    signs = rng.choice(WEBB, size=(n_draws, n_units)) if multipliers is None else multipliers
     method = f"wild cluster bootstrap over {n_units} {unit}, jackknife-corrected, Student t"
     return Resampling(y=f[0] + signs[:, units] * noise, weights=np.ones(n_points), method=method)
+
+
+def pair_counts(strata: NDArray[np.int64], n_draws: int, rng: np.random.Generator) -> Array:
+    """How often each run counts in each resample (n_draws, n_runs): as many as there are, within each stratum."""
+    counts = np.zeros((n_draws, len(strata)))
+    for stratum in range(int(strata.max()) + 1):
+        members = np.flatnonzero(strata == stratum)
+        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_draws)
+    return counts
 
 
 def budget_strata(flops: Array, runs: NDArray[np.int64]) -> NDArray[np.int64]:
