@@ -69,18 +69,35 @@ class Synthetic:
             money=Money(usd_per_machine_hour=0.05),
         )
 
-    def run(self, rung: str, status: str = "finished", reason: str | None = None, seed: int = 0) -> RunSpec:
-        """One run folder: spec, metrics of trunk and decays, record."""
+    def run(
+        self,
+        rung: str,
+        status: str = "finished",
+        reason: str | None = None,
+        seed: int = 0,
+        off: tuple[float, float] = (0.0, 0.0),
+    ) -> RunSpec:
+        """One run folder: spec, metrics of trunk and decays, record.
+
+        Args:
+            off: a share of the loss added to it, and the tokens from which on.
+        """
         spec = self.spec(rung, seed)
         folder = self.lab / "runs" / spec.run_id
         folder.mkdir(parents=True)
         codec.write_json(folder / "spec.json", spec)
         shared = float(0.004 * self.rng.normal())
         n = count_params(spec.science.shape, VOCAB).n_params
-        stop = HORIZONS[0] // 3 if status == "diverged" else None
+        stop = {"diverged": HORIZONS[0] // 3, "running": int(0.62 * HORIZONS[1])}.get(status)
         lines = self._metrics(spec, n, shared, stop)
+        if status == "running":
+            lines = [line for line in lines if line.get("loss", 0.0) is not None and line["tokens"] <= stop]
+        for line in lines:
+            if line["kind"] == "val" and line["tokens"] >= off[1]:
+                line["loss"] *= 1 + off[0]
         codec.append_jsonl(folder / "metrics.jsonl", lines)
         rows = () if status in ("diverged", "failed") else self._rows(spec, n, shared)
+        rows = rows[:1] if status == "running" else rows
         record = RunRecord(
             run_id=spec.run_id,
             ladder=spec.ladder,
