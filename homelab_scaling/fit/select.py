@@ -156,7 +156,7 @@ def hold_outs(laws: Sequence[Law], columns: dict[str, Array], losses: Array, *, 
 
 
 def choose(found: Sequence[HoldOut]) -> tuple[str | None, dict[str, float]]:
-    """The law of lowest error over the windows in N and in C together, and every law's; None where nothing was held out.
+    """The law of lowest error over the windows in N and C together (None where nothing was held out), and all errors.
 
     Only laws judged on every window take part, so that all errors are of the same rows.
     """
