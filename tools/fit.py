@@ -10,11 +10,10 @@ import tyro
 from homelab_scaling import cli, codec
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from homelab_scaling.fit.result import FitReport
 
-    from homelab_scaling.fit.result import Estimate, FitReport
-
-SHOWN_EXCLUDED = 20
+PLAIN_COLUMNS = 110
+"""Of output that is not a terminal's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,8 @@ class Args:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LAB_OR_CSV")]
     """A lab's folder (LAB/LADDER) or a points CSV."""
     law: tuple[str, ...] = ()
-    """Laws to fit: power-n, power-d, power-c, the same with -offset, chinchilla; all when not given."""
+    """Laws to fit: power-n, power-d, power-c, the same with -offset, chinchilla, chinchilla-tied, kaplan, kaplan-s,
+    repeated; NAME:E=1.7 or NAME:alpha=0.34 pins a parameter; all that the columns allow when not given."""
     objective: str = "adaptive"
     """adaptive, huber:1e-3 (the literature's), lad, l2-log or l2."""
     bootstrap: int = 4000
@@ -81,54 +81,13 @@ def main(args: Args) -> int:
 def _print(report: "FitReport") -> None:
     from rich.console import Console
 
-    from homelab_scaling.fit.diagnose import about_fits
+    from homelab_scaling.fit.show import fit_page
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 110
-    console.print(
-        f"{report.source}: {report.n_points} points from {report.n_runs} runs; N counts {report.count}; "
-        f"objective {report.objective}; {report.n_bootstrap:,} resamples"
-    )
-    console.print(_table(report))
-    fitted = [fit for fit in report.fits if fit.is_fitted]
-    poor = [fit for fit in fitted if not fit.status.startswith("converged (")]
-    console.print(f"{len(fitted) - len(poor)} of {len(fitted)} fits reached a certified optimum")
-    for fit in poor:
-        console.print(f"  ! {fit.law} at {fit.rows}: {fit.status}")
-    for line in (*report.notes, *report.warnings, *about_fits(report)):
-        console.print(f"  ! {line}")
-    if report.excluded:
-        console.print(f"{len(report.excluded)} excluded:")
-    for gone in report.excluded[:SHOWN_EXCLUDED]:
-        console.print(f"  - {gone.row_id}: {gone.reason}")
-    if len(report.excluded) > SHOWN_EXCLUDED:
-        console.print(f"  - and {len(report.excluded) - SHOWN_EXCLUDED} more (--json lists all)")
-
-
-def _table(report: "FitReport") -> "Table":
-    """Main fits with every parameter, their siblings at other D or N with the exponent alone."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("law", "rows", "points", "quantity", "value", "95 % interval"):
-        table.add_column(heading, justify="right" if heading in ("points", "value") else "left", no_wrap=True)
-    main = report.main
-    for fit in (*main, *(fit for fit in report.fits if fit not in main)):
-        kept = ("a", "b", "r2_log") if fit in main else ("exponent",)
-        quantities = dict(fit.parameters) if fit in main else {}
-        quantities |= {name: one for name, one in fit.derived.items() if name in kept}
-        for index, (name, one) in enumerate(quantities.items()):
-            head = (fit.law, fit.rows.split(":")[0], str(fit.n_points)) if index == 0 else ("", "", "")
-            table.add_row(*head, name.replace("r2_log", "R^2 (log-log)"), *_cells(one))
-    return table
-
-
-def _cells(one: "Estimate") -> tuple[str, str]:
-    from homelab_scaling.fit.words import between, number
-
-    value = "not pinned" if one.value is None else number(one.value)
-    return value, between(*one.ci95) if one.ci95 else ""
+        console.width = PLAIN_COLUMNS
+    for part in fit_page(report):
+        console.print(part)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def cross_checks(
             delta = (max(0.0, level * (1 - half)), level * (1 + half))
             ends = tuple(None if end is None else float(np.exp(end)) for end in ends)  # type: ignore[assignment]
         found[p.name] = _compare(p.name, estimates[p.name], ends, delta)
-    if "a" in estimates and law.splits and not set(law.exponents) & set(skip):
+    if "a" in estimates and law.splits and not law.tied and not set(law.exponents) & set(skip):
         half = around.student * _share_se(law, posed, optimum.theta, around)
         a = float(law.derived(posed.natural(optimum.theta))["a"])
         found["a"] = _compare("a", estimates["a"], None, (a - half, a + half))

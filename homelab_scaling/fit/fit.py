@@ -245,6 +245,8 @@ def _derived(
     found, loose = {}, {}
     for name, value in at_point.items():
         one = _floored(estimate(float(value), at_draws[name]), 2 * MIN_EXPONENT)
+        if law.tied and name in ("a", "b"):
+            one = Estimate(value=0.5)  # by construction, so it has no interval
         reason = next((unpinned[e] for e in law.exponents if e in unpinned and "bound" in unpinned[e]), None)
         if reason is None and one.ci95 is not None:
             reason = diagnose.wide("share" if name in ("a", "b") else "exponent", one.ci95, lowest)
