@@ -1,6 +1,7 @@
 """Everything a report says, read once from a lab's folder; what is missing becomes a sentence, not a crash."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from homelab_scaling import codec
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit.result import FitReport, load_fit
 from homelab_scaling.plan.counting import count_params, flops_per_token
+from homelab_scaling.report.study import Study
 from homelab_scaling.runs import Excluded, Row, RunFolder, RunRecord, read_rows, run_folders
 from homelab_scaling.specs import CorpusManifest, RunSpec
 
@@ -70,6 +72,11 @@ class LabView:
     fit: FitReport | None
     missing: tuple[str, ...]
     """What the report would have liked to find, in sentences."""
+
+    @cached_property
+    def study(self) -> Study:
+        """What is worked out from all this."""
+        return Study(self)
 
 
 def collect(lab: Path) -> LabView:

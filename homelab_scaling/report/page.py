@@ -7,7 +7,7 @@ from homelab_scaling.errors import MachineError
 from homelab_scaling.report import tensorboard
 from homelab_scaling.report.collect import collect
 from homelab_scaling.report.document import to_html, to_markdown
-from homelab_scaling.report.plots import NoPicture, Picture, draw_all
+from homelab_scaling.report.figures import NoPicture, Picture, draw_all
 from homelab_scaling.report.story import tell
 
 

@@ -13,7 +13,7 @@ from homelab_scaling.fit.slices import levels, tabulate
 from homelab_scaling.fit.words import brief, listed, number, short
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
-from homelab_scaling.report.plots import NoPicture, Picture
+from homelab_scaling.report.figures import NoPicture, Picture
 from homelab_scaling.report.tables import laws, predictions, what_was_run
 from homelab_scaling.report.words import (
     duration,

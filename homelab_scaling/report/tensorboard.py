@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from homelab_scaling.report.collect import LabView
-from homelab_scaling.report.plots import Picture
+from homelab_scaling.report.figures import Picture
 
 
 def write_summaries(folder: Path, view: LabView, pictures: Sequence[Picture]) -> Path:

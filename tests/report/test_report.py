@@ -19,8 +19,8 @@ from homelab_scaling.fit.result import load_fit, save_fit
 from homelab_scaling.report import tensorboard
 from homelab_scaling.report.collect import collect
 from homelab_scaling.report.document import Grid, Heading, Image, Paragraph, inline, to_html, to_markdown
+from homelab_scaling.report.figures import FIGURES, NoPicture, Picture, draw_all
 from homelab_scaling.report.page import write_report
-from homelab_scaling.report.plots import FIGURES, NoPicture, Picture, draw_all
 from homelab_scaling.report.story import tell
 from homelab_scaling.report.style import DARK, LIGHT, nice_ticks, ordered_colours, spread
 from homelab_scaling.report.tensorboard import png_size

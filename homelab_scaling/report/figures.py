@@ -1,0 +1,138 @@
+"""The figures of a report, in order: each drawn in both schemes, or the reason why there is none."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from homelab_scaling.report import fit_plots, plots
+from homelab_scaling.report.collect import LabView
+from homelab_scaling.report.parts import Draw, Nothing
+from homelab_scaling.report.style import DARK, DPI, LIGHT, themed
+
+N_COLOURS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A figure that a report can have."""
+
+    draw: Draw
+    """Its name is the figure's file name."""
+    title: str
+    caption: str
+    """How to read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawn figure in both schemes."""
+
+    name: str
+    """File name without .png."""
+    title: str
+    caption: str
+    light_png: bytes
+    dark_png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPicture:
+    """Why a figure is missing, in a sentence."""
+
+    name: str
+    title: str
+    reason: str
+
+
+def draw_all(view: LabView) -> list[Picture | NoPicture]:
+    """Every figure of the report, drawn in both schemes, or the reason why it is missing."""
+    return [_draw(kind, view) for kind in FIGURES]
+
+
+def _draw(kind: Kind, view: LabView) -> Picture | NoPicture:
+    name, pngs = kind.draw.__name__, []
+    for theme in (LIGHT, DARK):
+        with themed(theme) as plt:
+            try:
+                figure = kind.draw(plt, view, theme)
+            except Nothing as reason:
+                return NoPicture(name=name, title=kind.title, reason=str(reason))
+            pngs.append(_png(figure))
+    return Picture(name=name, title=kind.title, caption=kind.caption, light_png=pngs[0], dark_png=pngs[1])
+
+
+def _png(figure: Any) -> bytes:
+    """The figure as a PNG of a palette: a third of the size, and no eye sees the difference in line art."""
+    from PIL import Image  # matplotlib writes its own PNGs with it
+
+    drawn, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.12)
+    with Image.open(drawn) as image:
+        few = image.convert("RGB").quantize(N_COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+FIGURES: tuple[Kind, ...] = (
+    Kind(
+        draw=plots.loss_against_size,
+        title="Loss against model size",
+        caption="Each colour is one number of training tokens. Dots are finished rows with two standard errors of "
+        "the held-out text (often smaller than the dot); straight solid lines are power laws at that D "
+        "alone, the shaded band is where the law at the largest D lies with 95 % confidence. Dots leaving "
+        "the line in one direction mean the power law bends; a dot far off alone means a rung trained "
+        "badly.",
+    ),
+    Kind(
+        draw=plots.loss_against_compute,
+        title="Loss against compute",
+        caption="Thin lines are the held-out loss on the way, dots are finished rows, ringed where no cheaper row "
+        "does better: that is the frontier. The dashed line is its power law with the 95 % band; below it "
+        "there is nothing to be had on this machine with this recipe.",
+    ),
+    Kind(
+        draw=plots.loss_against_tokens,
+        title="Loss against tokens",
+        caption="Each colour is one rung. Solid lines are power laws through that rung's rows alone; where they "
+        "flatten towards the right, the model is too small to use more text.",
+    ),
+    Kind(
+        draw=fit_plots.isoflop_curves,
+        title="Loss at equal compute",
+        caption="Each colour is one budget. Dots are measured losses; where no budget was run at several sizes they "
+        "are read between the rows of a size. Dotted is the parabola of Approach 2, solid the fitted surface; "
+        "its star is the best size for that budget. A star outside the dots is an extrapolation.",
+    ),
+    Kind(
+        draw=fit_plots.exponents,
+        title="The exponent of the best size by every road",
+        caption="Dots are estimates of a, bars their 95 % intervals; red lines are Kaplan et al. 2020 and Hoffmann et "
+        "al. 2022. Roads that agree support each other; where the bars are long, the points do not decide.",
+    ),
+    Kind(
+        draw=fit_plots.alpha_and_beta,
+        title="Draws of the exponents",
+        caption="Left: alpha and beta of every resample, the fit itself ringed, published laws in red; on the dashed "
+        "line size and data count alike. Right: the exponent a that follows from each resample.",
+    ),
+    Kind(
+        draw=fit_plots.predicted_against_measured,
+        title="Predicted against measured",
+        caption="The law fitted to the sizes up to the one named, asked for all larger ones. Dots on the line were "
+        "predicted; a cloud that bends away with the factor on the right is how far not to extrapolate.",
+    ),
+    Kind(
+        draw=fit_plots.residuals,
+        title="Residuals of L(N, D)",
+        caption="How far each row lies above (+) or below (-) the fitted L(N, D), in percent of the loss; dots of "
+        "equal N or D are drawn side by side. The shaded band is two residual standard deviations. Dots "
+        "should scatter around zero without a slope or a bend. The bars are two standard errors of the "
+        "held-out text, which all rows share.",
+    ),
+    Kind(
+        draw=plots.loss_against_steps,
+        title="Loss against steps",
+        caption="Training loss of each run, smoothed (raw behind it). Thick lines are trunks at constant learning "
+        "rate, thin ones the decays that branch off them; a dot is the held-out loss where a decay ended.",
+    ),
+)

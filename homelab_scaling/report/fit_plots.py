@@ -1,0 +1,317 @@
+"""Figures of the fits: isoFLOP curves, residuals, draws of the exponents, predictions of what was held out."""
+
+from typing import Any
+
+import numpy as np
+
+from homelab_scaling.fit.catalogue import CATALOGUE
+from homelab_scaling.fit.isoflop import DRAWN_SIZES, find_budgets
+from homelab_scaling.fit.models import Array
+from homelab_scaling.fit.onlaw import JointLaw
+from homelab_scaling.fit.predict import optimal_split
+from homelab_scaling.fit.reconcile import CHINCHILLA_A, KAPLAN_A
+from homelab_scaling.fit.result import Estimate
+from homelab_scaling.fit.slices import Table, levels
+from homelab_scaling.fit.words import brief, short
+from homelab_scaling.report.collect import LabView
+from homelab_scaling.report.parts import LOSS, SIZE, TOKENS, Nothing, dot, drawn_of, log_log
+from homelab_scaling.report.style import Theme, label_lines, log_axis, ordered_colours
+
+MAX_BUDGETS = 5
+SHOWN_DRAWS = 1200
+MARKS = {"hoffmann-2022": ("D", "Hoffmann 2022"), "besiroglu-2024": ("s", "Besiroglu 2024")}
+"""Published laws drawn beside the draws: marker and label."""
+OURS, THEIRS = "#2f8f9d", "#d1495b"
+
+
+def residuals(plt: Any, view: LabView, theme: Theme) -> Any:
+    """What L(N, D) leaves unexplained, against N and against D."""
+    joint, table = _joint_and_table(view, "there are no residuals")
+    n, d = table.columns["n_params"], table.columns["n_tokens"]
+    off = 100 * (np.log(table.losses) - _log_loss(joint, n, d))
+    by_size = ordered_colours([float(x) for x in n], theme)
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 4.0), sharey=True, constrained_layout=True)
+    for axes, x, other, label in zip(panels, (n, d), (d, n), (SIZE, TOKENS), strict=True):
+        rank = np.searchsorted(np.unique(other), other) - (len(np.unique(other)) - 1) / 2
+        beside = x * (x.max() / x.min()) ** (0.011 * rank) if x.max() > x.min() else x  # side by side, not on top
+        axes.axhspan(-200 * joint.scatter, 200 * joint.scatter, color=theme.faint, alpha=0.13, lw=0)
+        axes.axhline(0, color=theme.faint, lw=1)
+        for i, point in enumerate(table.points):
+            se = None if point.loss_se_nats is None else 200 * point.loss_se_nats / point.loss_nats
+            axes.errorbar(beside[i], off[i], yerr=se, **dot(by_size[float(n[i])], theme))
+        low, high = float(x.min()) / 1.3, float(x.max()) * 1.3
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        log_axis(axes.xaxis, low, high, form="count")
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("Measured above fitted loss (%)")
+    _above_panels(figure, f"Residuals of {joint.law.title}")
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------------- isoFLOP
+
+
+def isoflop_curves(plt: Any, view: LabView, theme: Theme) -> Any:
+    """Loss against N at each compute budget: what was measured, its parabola, the fitted surface and its minimum."""
+    table = view.study.table
+    if table is None:
+        raise Nothing("there is no fit with its points")
+    shown, interpolated = _budgets(table)
+    if not shown:
+        raise Nothing(f"no compute budget is shared by {DRAWN_SIZES} sizes")
+    joint = view.study.joint
+    colours = ordered_colours([budget[0] for budget in shown], theme, scale="plasma")
+    figure, axes = plt.subplots(figsize=(8.4, 5.0))
+    n = table.columns["n_params"]
+    reach = (float(n.min()) / 1.6, float(n.max()) * 1.6)
+    labels: list[tuple[float, float, str, Any]] = []
+    seen: list[float] = []
+    for flops, sizes, losses in shown:
+        colour = colours[flops]
+        axes.plot(sizes, losses, "o", ms=6.5, color=colour, mec=theme.background, mew=1.0, zorder=5)
+        seen.extend(losses)
+        x = np.geomspace(float(sizes.min()), float(sizes.max()), 80)
+        if len(levels(sizes)) >= DRAWN_SIZES:
+            curve = np.polynomial.Polynomial.fit(np.log(sizes), losses, 2)
+            axes.plot(x, curve(np.log(x)), color=colour, lw=1.4, ls=(0, (1.2, 1.6)), zorder=3)
+        right = (float(x[-1]), float(losses[int(np.argmax(sizes))]))
+        if joint is not None:
+            x = np.geomspace(*reach, 160)
+            axes.plot(x, np.exp(_log_loss(joint, x, flops / 6 / x)), color=colour, lw=1.5, zorder=2)
+            best = float(optimal_split(_as_surface(joint), flops)[0])
+            if reach[0] < best < reach[1]:
+                low = float(np.exp(_log_loss(joint, np.array([best]), np.array([flops / 6 / best])))[0])
+                axes.plot(best, low, "*", ms=13, color=colour, mec=theme.background, mew=0.8, zorder=6)
+        labels.append((*right, f"{flops:.1e}", colour))
+    log_log(axes, reach, seen)
+    axes.set_xlabel(SIZE)
+    axes.set_ylabel(LOSS)
+    axes.set_title("Loss at equal compute (6 N D FLOPs, at the lines)")
+    _isoflop_key(axes, theme, interpolated=interpolated, joint=joint)
+    label_lines(axes, labels)
+    return figure
+
+
+def _budgets(table: Table) -> tuple[list[tuple[float, Array, Array]], bool]:
+    """(C, sizes, losses) of the budgets that three sizes share; read between each size's own rows where none is."""
+    n, d = table.columns["n_params"], table.columns["n_tokens"]
+    found = find_budgets(6 * n * d, n)
+    if found:
+        chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, MAX_BUDGETS)})]
+        return [(b.flops, n[b.rows], table.losses[b.rows]) for b in chosen], False
+    by_size = [(float(n[rows].mean()), rows[np.argsort(d[rows])]) for rows in levels(n)]
+    reach = [(6 * size * d[rows].min(), 6 * size * d[rows].max()) for size, rows in by_size]
+    grid = np.geomspace(min(low for low, _ in reach), max(high for _, high in reach), 300)
+    held = [sum(low * 0.9999 <= c <= high * 1.0001 for low, high in reach) for c in grid]
+    shared = grid[np.array(held) >= DRAWN_SIZES]
+    if len(shared) == 0:
+        return [], True
+    result = []
+    for c in np.geomspace(shared[0], shared[-1], MAX_BUDGETS - 1):
+        inside = [at for at, (low, high) in zip(by_size, reach, strict=True) if low * 0.9999 <= c <= high * 1.0001]
+        sizes = np.array([size for size, _ in inside])
+        losses = [
+            np.exp(np.interp(np.log(c / 6 / size), np.log(d[rows]), np.log(table.losses[rows])))
+            for size, rows in inside
+        ]
+        if len(sizes) >= DRAWN_SIZES:
+            result.append((float(c), sizes, np.array(losses)))
+    return result, True
+
+
+def _isoflop_key(axes: Any, theme: Theme, *, interpolated: bool, joint: JointLaw | None) -> None:
+    from matplotlib.lines import Line2D
+
+    def mark(**style: Any) -> Any:
+        return Line2D([], [], color=theme.faint, **style)
+
+    measured = "between a size's own rows" if interpolated else "measured"
+    handles = [mark(marker="o", ls="", label=measured), mark(lw=1.4, ls=(0, (1.2, 1.6)), label="parabola through them")]
+    if joint is not None:
+        handles.append(mark(lw=1.5, label=f"fitted {joint.law.title}"))
+        handles.append(mark(marker="*", ms=11, ls="", label="its minimum: the best size"))
+    axes.legend(handles=handles, loc="upper left", ncols=2, borderaxespad=0.6)
+
+
+# ------------------------------------------------------------------------------------------------------------ exponents
+
+
+def alpha_and_beta(plt: Any, view: LabView, theme: Theme) -> Any:
+    """Every resample's exponents of size and data, and the exponent of the best size that follows."""
+    fit = view.fit.get("chinchilla") if view.fit else None
+    drawn = drawn_of(view.fit, fit)
+    if fit is None or drawn is None:
+        reason = "no free L(N, D) was asked for" if fit is None else fit.status
+        raise Nothing(f"{reason}, so there are no draws of alpha and beta")
+    if len(drawn.values) < 2:
+        raise Nothing("no resamples were drawn (--bootstrap 0)")
+    at = (drawn.names.index("alpha"), drawn.names.index("beta"))
+    alpha, beta = (drawn.values[:, i] for i in at)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.4, 4.2), constrained_layout=True, gridspec_kw={"width_ratios": (1.25, 1)}
+    )
+    some = np.linspace(0, len(alpha) - 1, min(SHOWN_DRAWS, len(alpha))).astype(int)
+    left.plot(alpha[some], beta[some], "o", ms=2.6, color=OURS, alpha=0.28, mew=0, zorder=2, label="resamples")
+    published = {name: (CATALOGUE[name].values["alpha"], CATALOGUE[name].values["beta"]) for name in MARKS}
+    high = [_reach(draws, [p[i] for p in published.values()]) for i, draws in enumerate((alpha, beta))]
+    left.plot([0, 9], [0, 9], color=theme.faint, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    for name, (a, b) in published.items():
+        shape, text = MARKS[name]
+        left.plot(a, b, shape, ms=7, color=THEIRS, mec=theme.background, zorder=5, label=text)
+    left.plot(*drawn.point[list(at)], "o", ms=9, color=OURS, mec=theme.text, mew=1.2, zorder=6, label="this lab")
+    left.set_xlim(0, high[0])
+    left.set_ylim(0, high[1])
+    left.set_xlabel("alpha: exponent of size")
+    left.set_ylabel("beta: exponent of data")
+    left.legend(loc="best", handletextpad=0.3)
+    share = beta / (alpha + beta)
+    right.hist(share[np.isfinite(share)], bins=np.linspace(0, 1, 51).tolist(), color=OURS, alpha=0.75, lw=0)
+    _published_lines(right, theme)
+    right.set_xlim(0, 1)
+    right.set_yticks([])
+    right.set_xlabel("a = beta / (alpha + beta)")
+    _above_panels(figure, "Where the exponents could lie")
+    return figure
+
+
+def _reach(draws: Array, others: list[float]) -> float:
+    """Upper end of an axis: most of the draws and every published value."""
+    usual = float(np.quantile(draws[np.isfinite(draws)], 0.97))
+    return 1.15 * max(min(usual, 3.0), *others)
+
+
+def exponents(plt: Any, view: LabView, theme: Theme) -> Any:
+    """The exponent a of the best size against compute by every road, with intervals."""
+    groups = _roads(view)
+    if not any(e.value is not None for _, rows in groups for _, e in rows):
+        raise Nothing("no road leads to the exponent of the best size")
+    height = 1.0 + 0.31 * sum(len(rows) + 1 for _, rows in groups)
+    figure, axes = plt.subplots(figsize=(8.4, height))
+    y, ticks = 0.0, []
+    colours = ordered_colours([float(i) for i in range(len(groups))], theme)
+    for index, (title, rows) in enumerate(groups):
+        ticks.append((y, title, True))
+        for label, e in rows:
+            y -= 1
+            ticks.append((y, label, False))
+            _whisker(axes, y, e, colours[float(index)], theme)
+        y -= 1.25
+    _published_lines(axes, theme)
+    axes.set_ylim(y + 0.6, 0.7)
+    axes.set_xlim(0, 1)
+    axes.set_yticks([at for at, _, _ in ticks], [text for _, text, _ in ticks])
+    for text, (_, _, bold) in zip(axes.get_yticklabels(), ticks, strict=True):
+        text.set(fontweight="bold" if bold else "normal", color=theme.text, fontsize=9.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("a, with the best size growing as N ∝ C^a")
+    axes.set_title("How a growing budget should be split, by every road")
+    return figure
+
+
+def _roads(view: LabView) -> list[tuple[str, list[tuple[str, Estimate]]]]:
+    groups: list[tuple[str, list[tuple[str, Estimate]]]] = []
+    evidence = view.fit.evidence if view.fit else None
+    if evidence is not None:
+        named = {"1": "Approach 1, envelope", "2": "Approach 2, isoFLOP", "3-free": "Approach 3", "3-tied": "3, tied"}
+        groups.append(("Approaches", [(named[one.name], one.a) for one in evidence.approaches]))
+        groups.append(("Counting N as", [(row.count, row.a) for row in evidence.counts]))
+    found = view.study.reconciliation
+    if found is not None:
+        groups.append(("From Kaplan's way to Chinchilla's", [(step.name, step.a) for step in found.steps]))
+    return [(title, rows) for title, rows in groups if rows]
+
+
+def _whisker(axes: Any, y: float, e: Estimate, colour: Any, theme: Theme) -> None:
+    if e.ci95 is not None:
+        axes.plot(e.ci95, (y, y), color=colour, lw=3, alpha=0.45, solid_capstyle="round", zorder=3)
+    if e.value is not None:
+        axes.plot(e.value, y, "o", ms=7, color=colour, mec=theme.background, zorder=4)
+        axes.annotate(brief(e.value), (e.value, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    else:
+        text = "no number" if e.ci95 is None else "not pinned down"
+        at = 0.5 if e.ci95 is None else (e.ci95[0] + e.ci95[1]) / 2
+        axes.annotate(text, (at, y), ha="center", va="center", fontsize=8.5, color=theme.faint)
+
+
+def _published_lines(axes: Any, theme: Theme) -> None:
+    for value, name in ((KAPLAN_A, "Kaplan"), (CHINCHILLA_A, "Hoffmann")):
+        axes.axvline(value, color=THEIRS, lw=1, ls=(0, (3, 2)), zorder=1)
+        axes.annotate(
+            f"{name} {value:.2f}",
+            (value, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=8.5,
+            color=THEIRS,
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- heldout
+
+
+def predicted_against_measured(plt: Any, view: LabView, theme: Theme) -> Any:
+    """What the law fitted to the smaller runs said of the larger ones, and what they did."""
+    held, folds = view.study.held_out, view.study.folds
+    if held is None or not folds:
+        raise Nothing("nothing could be held out: too few sizes")
+    colours = ordered_colours([fold.largest for fold in folds], theme)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.2), constrained_layout=True)
+    every = np.concatenate([np.concatenate([f.measured, f.predicted]) for f in folds])
+    low, high = float(every.min()) * 0.985, float(every.max()) * 1.015
+    left.plot((low, high), (low, high), color=theme.faint, lw=1, zorder=1)
+    right.axhline(0, color=theme.faint, lw=1, zorder=1)
+    farthest = 1.0
+    for fold in folds:
+        style = {"ms": 6.5, "color": colours[fold.largest], "mec": theme.background, "mew": 0.9, "zorder": 4}
+        left.plot(fold.measured, fold.predicted, "o", **style, label=f"N to {short(fold.largest)}")
+        reach = fold.n_params / fold.largest
+        right.plot(reach, 100 * np.log(fold.predicted / fold.measured), "o", **style)
+        farthest = max(farthest, float(reach.max()))
+    for axis in (left.xaxis, left.yaxis):
+        log_axis(axis, low, high, form="plain")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    for axis in (left.xaxis, left.yaxis):
+        log_axis(axis, low, high, form="plain")
+    left.set_xlim(low, high)
+    left.set_ylim(low, high)
+    left.set_xlabel("Measured loss (nats per token)")
+    left.set_ylabel("Predicted loss")
+    left.legend(loc="upper left", title="fitted to", handletextpad=0.2)
+    right.set_xscale("log")
+    right.set_xlim(0.95, farthest * 1.15)
+    log_axis(right.xaxis, 0.95, farthest * 1.15, form="plain")
+    right.set_xlabel("Size over the largest fitted size")
+    right.set_ylabel("Predicted above measured (%)")
+    _above_panels(figure, f"Predicted against measured on what was held out ({held.law})")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _joint_and_table(view: LabView, so: str) -> tuple[JointLaw, Table]:
+    joint, table = view.study.joint, view.study.table
+    if joint is None or table is None:
+        fit = view.fit.get("chinchilla") if view.fit else None
+        reason = "no L(N, D) has been fitted" if fit is None or fit.is_fitted else fit.status
+        raise Nothing(f"{reason}, so {so}")
+    return joint, table
+
+
+def _log_loss(joint: JointLaw, n: Array, d: Array) -> Array:
+    return np.asarray(np.log(joint.law.loss(joint.draws.point, {"n_params": n, "n_tokens": d})))
+
+
+def _as_surface(joint: JointLaw) -> Array:
+    """(E, A, B, alpha, beta) whose best split is the law's."""
+    a, b, alpha, beta = joint.law.split_terms(joint.draws.point)
+    return np.array([0.0, float(a), float(b), float(alpha), float(beta)])
+
+
+def _above_panels(figure: Any, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")

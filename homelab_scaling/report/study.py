@@ -1,0 +1,125 @@
+"""What a report works out from a lab's fit, once, for its text and for its figures."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.fit.catalogue import joint_fit
+from homelab_scaling.fit.laws import get_law
+from homelab_scaling.fit.models import Array
+from homelab_scaling.fit.objectives import parse_objective
+from homelab_scaling.fit.onlaw import JointLaw
+from homelab_scaling.fit.points import apply_count
+from homelab_scaling.fit.reconcile import N_DRAWS, Reconciliation, on_the_way, reconcile
+from homelab_scaling.fit.resample import FEW_RUNS
+from homelab_scaling.fit.result import FitReport, HoldOut
+from homelab_scaling.fit.slices import Table, tabulate
+from homelab_scaling.fit.solve import solve
+from homelab_scaling.runs import LossPoint, to_point
+
+if TYPE_CHECKING:
+    from homelab_scaling.report.collect import LabView
+
+N_STARTS = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fold:
+    """A law fitted to the sizes up to `largest`, and what it says of the rows above."""
+
+    largest: float
+    n_params: Array
+    measured: Array
+    predicted: Array
+
+
+class Study:
+    """Everything derived from one lab's view; each part is worked out when first asked for."""
+
+    def __init__(self, view: "LabView") -> None:
+        self.view = view
+
+    @cached_property
+    def joint(self) -> JointLaw | None:
+        """The law of N and D that hold-out chose, else the free one; None where none was fitted."""
+        if self.view.fit is None:
+            return None
+        try:
+            fit, law, draws = joint_fit(self.view.fit)
+        except HomelabError:
+            return None
+        return JointLaw(fit=fit, law=law, draws=draws)
+
+    @cached_property
+    def table(self) -> Table | None:
+        """The fitted rows as columns, N counted as the fit counts."""
+        report = self.view.fit
+        if report is None or not report.points:
+            return None
+        try:
+            return tabulate(apply_count(tuple(report.points), report.count))  # type: ignore[arg-type]
+        except HomelabError:
+            return None
+
+    @cached_property
+    def reconciliation(self) -> Reconciliation | None:
+        """From Kaplan's exponent to Chinchilla's on these rows; None before there is a fit."""
+        report = self.view.fit
+        if report is None or not self.view.rows:
+            return None
+        points = report.points or [to_point(row) for row in self.view.rows]
+        n_draws = min(N_DRAWS, report.n_bootstrap)
+        return reconcile(
+            points, self._unfinished(points), objective=report.objective, n_bootstrap=n_draws, seed=report.seed
+        )
+
+    def _unfinished(self, points: list[LossPoint]) -> list[LossPoint]:
+        """What the trunks read before their decays."""
+        found: list[LossPoint] = []
+        for run in self.view.runs:
+            rows = [p for p in points if p.run_id == run.run_id]
+            for curve in run.validation:
+                if not curve.is_decay:
+                    found += on_the_way(rows, curve.tokens, curve.losses)
+        return found
+
+    @cached_property
+    def held_out(self) -> HoldOut | None:
+        """The windows along N of the law this report predicts with."""
+        evidence = self.view.fit.evidence if self.view.fit else None
+        wanted = [evidence.chosen_law, "chinchilla"] if evidence else []
+        for name in wanted:
+            for one in evidence.holdouts if evidence else ():
+                if one.law == name and one.along == "n_params" and one.windows:
+                    return one
+        return None
+
+    @cached_property
+    def folds(self) -> list[Fold]:
+        """The predictions behind `held_out`, row by row."""
+        table, held, report = self.table, self.held_out, self.view.fit
+        if table is None or held is None or report is None:
+            return []
+        return [_fold(table, held.law, window.largest, report) for window in held.windows]
+
+
+def _fold(table: Table, name: str, largest: float, report: FitReport) -> Fold:
+    law = get_law(name)
+    small = table.columns["n_params"] <= largest * (1 + 1e-9)
+    columns = {axis: table.columns[axis][small] for axis in law.axes}
+    posed = law.pose(columns, table.losses[small])
+    few = report.objective == "adaptive" and report.n_runs < FEW_RUNS
+    objective = parse_objective("l2-log" if few else report.objective)
+    best = solve(
+        posed.model, np.log(table.losses[small]), posed.starts(N_STARTS), objective, bounds=posed.bounds, n_polish=8
+    )
+    above: dict[str, Array | float] = {axis: table.columns[axis][~small] for axis in law.axes}
+    return Fold(
+        largest=largest,
+        n_params=table.columns["n_params"][~small],
+        measured=table.losses[~small],
+        predicted=law.loss(posed.natural(best.theta), above),
+    )
