@@ -251,6 +251,8 @@ def _approach(road: _Road) -> Approach:
     with np.errstate(over="ignore"):
         ends = None if logs.ci95 is None else tuple(float(np.exp(np.clip(e, -700, 700))) for e in logs.ci95)
         n_opt = Estimate(value=float(np.exp(np.clip(growth.log_n[0], -700, 700))), ci95=ends)  # type: ignore[arg-type]
+    if road.name == "3-tied":
+        a = b = Estimate(value=0.5)  # by construction, so it has no interval
     if a.ci95 is not None and (loose := diagnose.wide("share", a.ci95, 1.0)):
         notes.append(f"a is not pinned down: {loose}")
         a, b, n_opt = (replace(e, value=None, se=None) for e in (a, b, n_opt))

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit import diagnose
 from homelab_scaling.fit.crosscheck import cross_checks
+from homelab_scaling.fit.evidence import gather
 from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Law, Posed, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import ObjectiveName, parse_objective
 from homelab_scaling.fit.points import Count, apply_count
 from homelab_scaling.fit.resample import FEW_RUNS, Resamples, budget_strata, clusters, resample
-from homelab_scaling.fit.result import Draws, Estimate, FitReport, ScalingFit, draws_name
+from homelab_scaling.fit.result import Draws, Estimate, Evidence, FitReport, ScalingFit, draws_name
 from homelab_scaling.fit.slices import Slice, Table, slices_for, tabulate
 from homelab_scaling.fit.solve import Optimum, solve
 from homelab_scaling.runs import Excluded, LossPoint
@@ -35,6 +36,7 @@ def fit_points(
     count: Count = "total",
     source: str = "points",
     notes: Sequence[str] = (),
+    with_evidence: bool | None = None,
 ) -> FitReport:
     """Every law in `laws` (all known ones when empty) fitted to the rows it is about.
 
@@ -44,6 +46,8 @@ def fit_points(
         n_bootstrap: resamples per fit; 0 gives no intervals.
         seed: of the resamples.
         count: which parameters N counts.
+        with_evidence: whether to set other approaches, held-out rows and other counts beside the fits; by default when
+            all laws are fitted. The law that hold-out chose is then fitted too, should it be one with a pinned E.
 
     Raises:
         SpecError: an unknown law or objective, or a negative number of resamples.
@@ -59,7 +63,8 @@ def fit_points(
     chosen = chosen or [law for law in LAWS.values() if set(law.axes) <= set(table.columns)]
     fits: list[ScalingFit] = []
     draws: dict[str, Draws] = {}
-    for law in chosen:
+
+    def fit_slices(law: Law) -> None:
         found = slices_for(law, table) if set(law.axes) <= set(table.columns) else []
         if not found:
             fits.append(_no_slice(law, name, table, excluded))
@@ -74,6 +79,14 @@ def fit_points(
                 draws[file] = drawn
                 one = replace(one, draws_file=file)
             fits.append(one)
+
+    for law in chosen:
+        fit_slices(law)
+    evidence: Evidence | None = None
+    if with_evidence or (with_evidence is None and not laws):
+        evidence = gather(points, table, name=name, asked=chosen, n_draws=n_bootstrap, seed=seed)
+        if evidence and evidence.chosen_law and evidence.chosen_law not in {law.name for law in chosen}:
+            fit_slices(get_law(evidence.chosen_law))
     said = [*notes]
     if any("flops" in law.axes for law in chosen):
         said.append(f"C is {table.flops_from}")
@@ -89,6 +102,7 @@ def fit_points(
         fits=tuple(fits),
         notes=tuple(said),
         warnings=tuple(diagnose.table_warnings(table)),
+        evidence=evidence,
     )
     report.draws.update(draws)
     report.points.extend(points)
