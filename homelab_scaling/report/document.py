@@ -149,8 +149,11 @@ def inline(text: str) -> str:
 
 
 def _formula(text: str) -> str:
+    text = re.sub(r"\b([A-Z]|alpha|beta|gamma)_(\w{1,3})\b", r"\1<sub>\2</sub>", text)
     text = re.sub(r"\b(alpha|beta|gamma)\b", lambda m: GREEK[m[1]], text)
-    return re.sub(r"\^(-?)([\w.]*\w)", lambda m: f"<sup>{'−' if m[1] else ''}{m[2]}</sup>", text)
+    # One level deep: ^alpha, ^-0.05, ^alpha<sub>D</sub>, ^(alpha/beta).
+    power = r"\^(-?)(\(([^()]*)\)|[\w.]*\w(?:<sub>\w+</sub>)?)"
+    return re.sub(power, lambda m: f"<sup>{'−' if m[1] else ''}{m[3] or m[2]}</sup>", text)
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
@@ -191,7 +194,7 @@ p.lead{font-size:1.08rem}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:.34rem .5rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th{color:var(--faint);font-weight:600;border-bottom-width:2px}
-.l{text-align:left}sup{line-height:0;font-size:.78em}td.l.long{white-space:normal;min-width:15rem}
+.l{text-align:left}sup,sub{line-height:0;font-size:.78em}td.l.long{white-space:normal;min-width:15rem}
 .caption,figcaption{font-size:.86rem;color:var(--faint);margin:.35rem 0 1.4rem;max-width:50rem}
 figure{margin:1.6rem 0;max-width:54rem}figure img{width:100%;height:auto;display:block;border-radius:.4rem}
 pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1rem;overflow-x:auto;font-size:.85rem;line-height:1.5}

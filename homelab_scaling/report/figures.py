@@ -100,8 +100,8 @@ FIGURES: tuple[Kind, ...] = (
         draw=fit_plots.isoflop_curves,
         title="Loss at equal compute",
         caption="Each colour is one budget. Dots are measured losses; where no budget was run at several sizes they "
-        "are read between the rows of a size. Dotted is the parabola of Approach 2, solid the fitted surface; "
-        "its star is the best size for that budget. A star outside the dots is an extrapolation.",
+        "are read between the rows of a size. Dotted is a parabola as in Approach 2, solid the fitted surface; its "
+        "star is the best size for that budget. A star beside the dots, not among them, is an extrapolation.",
     ),
     Kind(
         draw=fit_plots.exponents,

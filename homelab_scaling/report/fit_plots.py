@@ -8,7 +8,6 @@ from homelab_scaling.fit.catalogue import CATALOGUE
 from homelab_scaling.fit.isoflop import DRAWN_SIZES, find_budgets
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.onlaw import JointLaw
-from homelab_scaling.fit.predict import optimal_split
 from homelab_scaling.fit.reconcile import CHINCHILLA_A, KAPLAN_A
 from homelab_scaling.fit.result import Estimate
 from homelab_scaling.fit.slices import Table, levels
@@ -18,6 +17,9 @@ from homelab_scaling.report.parts import LOSS, SIZE, TOKENS, Nothing, dot, drawn
 from homelab_scaling.report.style import Theme, label_lines, log_axis, ordered_colours
 
 MAX_BUDGETS = 5
+SHARED_SIZES = 2
+MIN_APART = 1.5
+"""Factor between budgets that are read between rows."""
 SHOWN_DRAWS = 1200
 MARKS = {"hoffmann-2022": ("D", "Hoffmann 2022"), "besiroglu-2024": ("s", "Besiroglu 2024")}
 """Published laws drawn beside the draws: marker and label."""
@@ -54,13 +56,12 @@ def residuals(plt: Any, view: LabView, theme: Theme) -> Any:
 
 def isoflop_curves(plt: Any, view: LabView, theme: Theme) -> Any:
     """Loss against N at each compute budget: what was measured, its parabola, the fitted surface and its minimum."""
-    table = view.study.table
+    table, joint = view.study.table, view.study.joint
     if table is None:
         raise Nothing("there is no fit with its points")
     shown, interpolated = _budgets(table)
     if not shown:
-        raise Nothing(f"no compute budget is shared by {DRAWN_SIZES} sizes")
-    joint = view.study.joint
+        raise Nothing("no compute budget is shared by two sizes")
     colours = ordered_colours([budget[0] for budget in shown], theme, scale="plasma")
     figure, axes = plt.subplots(figsize=(8.4, 5.0))
     n = table.columns["n_params"]
@@ -71,52 +72,61 @@ def isoflop_curves(plt: Any, view: LabView, theme: Theme) -> Any:
         colour = colours[flops]
         axes.plot(sizes, losses, "o", ms=6.5, color=colour, mec=theme.background, mew=1.0, zorder=5)
         seen.extend(losses)
-        x = np.geomspace(float(sizes.min()), float(sizes.max()), 80)
         if len(levels(sizes)) >= DRAWN_SIZES:
+            x = np.geomspace(float(sizes.min()), float(sizes.max()), 80)
             curve = np.polynomial.Polynomial.fit(np.log(sizes), losses, 2)
             axes.plot(x, curve(np.log(x)), color=colour, lw=1.4, ls=(0, (1.2, 1.6)), zorder=3)
-        right = (float(x[-1]), float(losses[int(np.argmax(sizes))]))
         if joint is not None:
-            x = np.geomspace(*reach, 160)
-            axes.plot(x, np.exp(_log_loss(joint, x, flops / 6 / x)), color=colour, lw=1.5, zorder=2)
-            best = float(optimal_split(_as_surface(joint), flops)[0])
-            if reach[0] < best < reach[1]:
-                low = float(np.exp(_log_loss(joint, np.array([best]), np.array([flops / 6 / best])))[0])
-                axes.plot(best, low, "*", ms=13, color=colour, mec=theme.background, mew=0.8, zorder=6)
-        labels.append((*right, f"{flops:.1e}", colour))
+            x = np.geomspace(*reach, 240)
+            surface = np.exp(_log_loss(joint, x, flops / _flops_per_token(table, x)))
+            axes.plot(x, surface, color=colour, lw=1.5, zorder=2)
+            best = int(np.argmin(surface))
+            if 0 < best < len(x) - 1:
+                axes.plot(x[best], surface[best], "*", ms=13, color=colour, mec=theme.background, mew=0.8, zorder=6)
+                seen.append(float(surface[best]))
+        labels.append((float(sizes.max()), float(losses[int(np.argmax(sizes))]), f"{flops:.1e}", colour))
     log_log(axes, reach, seen)
     axes.set_xlabel(SIZE)
     axes.set_ylabel(LOSS)
-    axes.set_title("Loss at equal compute (6 N D FLOPs, at the lines)")
+    axes.set_title("Loss at equal compute (FLOPs at the dots)")
     _isoflop_key(axes, theme, interpolated=interpolated, joint=joint)
     label_lines(axes, labels)
     return figure
 
 
+def _flops_per_token(table: Table, n: Array) -> Array:
+    """Training FLOPs per token at sizes between (or beyond) the table's own."""
+    c = table.columns
+    own = [(float(c["n_params"][r].mean()), float((c["flops"][r] / c["n_tokens"][r]).mean())) for r in _sizes(table)]
+    sizes, rates = np.array(own).T
+    return np.asarray(6 * n * np.interp(np.log(n), np.log(sizes), rates / (6 * sizes)))
+
+
+def _sizes(table: Table) -> list[Any]:
+    return levels(table.columns["n_params"])
+
+
 def _budgets(table: Table) -> tuple[list[tuple[float, Array, Array]], bool]:
-    """(C, sizes, losses) of the budgets that three sizes share; read between each size's own rows where none is."""
-    n, d = table.columns["n_params"], table.columns["n_tokens"]
-    found = find_budgets(6 * n * d, n)
-    if found:
+    """(C, sizes, losses) of the budgets that were run at three sizes; where few were, read between each size's rows."""
+    n, flops, losses = table.columns["n_params"], table.columns["flops"], table.losses
+    found = find_budgets(flops, n)
+    if 2 * sum(len(b.rows) for b in found) >= len(n):
         chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, MAX_BUDGETS)})]
-        return [(b.flops, n[b.rows], table.losses[b.rows]) for b in chosen], False
-    by_size = [(float(n[rows].mean()), rows[np.argsort(d[rows])]) for rows in levels(n)]
-    reach = [(6 * size * d[rows].min(), 6 * size * d[rows].max()) for size, rows in by_size]
-    grid = np.geomspace(min(low for low, _ in reach), max(high for _, high in reach), 300)
-    held = [sum(low * 0.9999 <= c <= high * 1.0001 for low, high in reach) for c in grid]
-    shared = grid[np.array(held) >= DRAWN_SIZES]
+        return [(b.flops, n[b.rows], losses[b.rows]) for b in chosen], False
+    curves = [rows[np.argsort(flops[rows], kind="stable")] for rows in _sizes(table)]
+    ends = np.array([(flops[rows[0]] * 0.9999, flops[rows[-1]] * 1.0001) for rows in curves])
+    grid = np.geomspace(ends.min(), ends.max(), 400)
+    held = ((grid[:, None] >= ends[:, 0]) & (grid[:, None] <= ends[:, 1])).sum(axis=1)
+    shared = grid[held >= SHARED_SIZES]
     if len(shared) == 0:
         return [], True
+    apart = np.log(shared[-1] / shared[0]) / np.log(MIN_APART)
     result = []
-    for c in np.geomspace(shared[0], shared[-1], MAX_BUDGETS - 1):
-        inside = [at for at, (low, high) in zip(by_size, reach, strict=True) if low * 0.9999 <= c <= high * 1.0001]
-        sizes = np.array([size for size, _ in inside])
-        losses = [
-            np.exp(np.interp(np.log(c / 6 / size), np.log(d[rows]), np.log(table.losses[rows])))
-            for size, rows in inside
-        ]
-        if len(sizes) >= DRAWN_SIZES:
-            result.append((float(c), sizes, np.array(losses)))
+    for c in np.geomspace(shared[0], shared[-1], int(np.clip(1 + apart, 1, MAX_BUDGETS))):
+        inside = [rows for rows, (low, high) in zip(curves, ends, strict=True) if low <= c <= high]
+        at = [np.exp(np.interp(np.log(c), np.log(flops[rows]), np.log(losses[rows]))) for rows in inside]
+        if len(inside) >= SHARED_SIZES:
+            result.append((float(c), np.array([n[rows].mean() for rows in inside]), np.array(at)))
     return result, True
 
 
@@ -127,7 +137,10 @@ def _isoflop_key(axes: Any, theme: Theme, *, interpolated: bool, joint: JointLaw
         return Line2D([], [], color=theme.faint, **style)
 
     measured = "between a size's own rows" if interpolated else "measured"
-    handles = [mark(marker="o", ls="", label=measured), mark(lw=1.4, ls=(0, (1.2, 1.6)), label="parabola through them")]
+    handles = [
+        mark(marker="o", ls="", label=measured),
+        mark(lw=1.4, ls=(0, (1.2, 1.6)), label="parabola through three or more"),
+    ]
     if joint is not None:
         handles.append(mark(lw=1.5, label=f"fitted {joint.law.title}"))
         handles.append(mark(marker="*", ms=11, ls="", label="its minimum: the best size"))
@@ -188,6 +201,7 @@ def exponents(plt: Any, view: LabView, theme: Theme) -> Any:
         raise Nothing("no road leads to the exponent of the best size")
     height = 1.0 + 0.31 * sum(len(rows) + 1 for _, rows in groups)
     figure, axes = plt.subplots(figsize=(8.4, height))
+    figure.subplots_adjust(left=0.3, right=0.98)
     y, ticks = 0.0, []
     colours = ordered_colours([float(i) for i in range(len(groups))], theme)
     for index, (title, rows) in enumerate(groups):
@@ -214,21 +228,31 @@ def _roads(view: LabView) -> list[tuple[str, list[tuple[str, Estimate]]]]:
     groups: list[tuple[str, list[tuple[str, Estimate]]]] = []
     evidence = view.fit.evidence if view.fit else None
     if evidence is not None:
-        named = {"1": "Approach 1, envelope", "2": "Approach 2, isoFLOP", "3-free": "Approach 3", "3-tied": "3, tied"}
+        named = {"1": "1, envelope", "2": "2, isoFLOP", "3-free": "3, L(N, D)", "3-tied": "3, alpha = beta"}
         groups.append(("Approaches", [(named[one.name], one.a) for one in evidence.approaches]))
         groups.append(("Counting N as", [(row.count, row.a) for row in evidence.counts]))
     found = view.study.reconciliation
     if found is not None:
-        groups.append(("From Kaplan's way to Chinchilla's", [(step.name, step.a) for step in found.steps]))
+        groups.append(("From Kaplan to Chinchilla", [(step.name, step.a) for step in found.steps]))
     return [(title, rows) for title, rows in groups if rows]
 
 
 def _whisker(axes: Any, y: float, e: Estimate, colour: Any, theme: Theme) -> None:
+    from matplotlib.patheffects import withStroke
+
     if e.ci95 is not None:
         axes.plot(e.ci95, (y, y), color=colour, lw=3, alpha=0.45, solid_capstyle="round", zorder=3)
     if e.value is not None:
         axes.plot(e.value, y, "o", ms=7, color=colour, mec=theme.background, zorder=4)
-        axes.annotate(brief(e.value), (e.value, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(
+            brief(e.value),
+            (e.value, y),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            path_effects=[withStroke(linewidth=3, foreground=theme.background)],
+        )
     else:
         text = "no number" if e.ci95 is None else "not pinned down"
         at = 0.5 if e.ci95 is None else (e.ci95[0] + e.ci95[1]) / 2
@@ -236,15 +260,16 @@ def _whisker(axes: Any, y: float, e: Estimate, colour: Any, theme: Theme) -> Non
 
 
 def _published_lines(axes: Any, theme: Theme) -> None:
-    for value, name in ((KAPLAN_A, "Kaplan"), (CHINCHILLA_A, "Hoffmann")):
+    for value, name, side in ((KAPLAN_A, "Kaplan", "left"), (CHINCHILLA_A, "Hoffmann", "right")):
         axes.axvline(value, color=THEIRS, lw=1, ls=(0, (3, 2)), zorder=1)
         axes.annotate(
             f"{name} {value:.2f}",
             (value, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -3),
+            xytext=(3 if side == "left" else -3, -3),
             textcoords="offset points",
             va="top",
+            ha=side,
             fontsize=8.5,
             color=THEIRS,
         )
@@ -305,12 +330,6 @@ def _joint_and_table(view: LabView, so: str) -> tuple[JointLaw, Table]:
 
 def _log_loss(joint: JointLaw, n: Array, d: Array) -> Array:
     return np.asarray(np.log(joint.law.loss(joint.draws.point, {"n_params": n, "n_tokens": d})))
-
-
-def _as_surface(joint: JointLaw) -> Array:
-    """(E, A, B, alpha, beta) whose best split is the law's."""
-    a, b, alpha, beta = joint.law.split_terms(joint.draws.point)
-    return np.array([0.0, float(a), float(b), float(alpha), float(beta)])
 
 
 def _above_panels(figure: Any, title: str) -> None:

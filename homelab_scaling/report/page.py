@@ -4,6 +4,7 @@ from pathlib import Path
 
 from homelab_scaling import codec
 from homelab_scaling.errors import MachineError
+from homelab_scaling.fit.card import CARD_FILE
 from homelab_scaling.report import tensorboard
 from homelab_scaling.report.collect import collect
 from homelab_scaling.report.document import to_html, to_markdown
@@ -36,6 +37,8 @@ def write_report(lab: Path) -> Path:
         tensorboard.write_summaries(lab / "tensorboard", view, drawn)
     except OSError as error:
         raise MachineError(f"{folder}: could not be written ({error.strerror}); free space or fix its rights") from None
+    if view.study.card is not None:
+        codec.write_json(folder / CARD_FILE, view.study.card)
     codec.write_text(folder / "report.md", to_markdown(title, blocks))
     path = folder / "report.html"
     codec.write_text(path, to_html(title, blocks))

@@ -13,6 +13,7 @@ from homelab_scaling.fit.slices import levels, tabulate
 from homelab_scaling.fit.words import brief, listed, number, short
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
+from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture
 from homelab_scaling.report.tables import laws, predictions, what_was_run
 from homelab_scaling.report.words import (
@@ -36,11 +37,14 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
     return [
         *answer(view),
         *what_was_run(view),
+        *live(view),
         *laws(view),
+        *evidence(view),
         *figures(pictures),
         *weaknesses(view),
         *predictions(view),
         *how_to_repeat(view),
+        *card(view),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from homelab_scaling.errors import HomelabError
+from homelab_scaling.fit.card import FitCard, Training, fit_card
 from homelab_scaling.fit.catalogue import joint_fit
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.models import Array
@@ -85,6 +86,16 @@ class Study:
                 if not curve.is_decay:
                     found += on_the_way(rows, curve.tokens, curve.losses)
         return found
+
+    @cached_property
+    def card(self) -> FitCard | None:
+        """The checklist, filled from the fit and the runs."""
+        view = self.view
+        if view.fit is None:
+            return None
+        machines = tuple(dict.fromkeys(run.record.machine for run in view.runs if run.record))
+        training = Training(specs=tuple(run.spec for run in view.runs), machines=machines, corpus=view.corpus)
+        return fit_card(view.fit, training)
 
     @cached_property
     def held_out(self) -> HoldOut | None:

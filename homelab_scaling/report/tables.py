@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
-from homelab_scaling.fit.result import FitReport, ScalingFit
-from homelab_scaling.fit.words import listed, short
+from homelab_scaling.fit.result import Estimate, FitReport, ScalingFit
+from homelab_scaling.fit.words import listed, number, short
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading
 from homelab_scaling.report.words import (
@@ -145,19 +145,12 @@ def laws(view: LabView) -> list[Block]:
     if view.fit is None:
         return []
     main = view.fit.main
-    rows = []
-    for fit in main:
-        law = get_law(fit.law)
-        quantities = {**fit.parameters, **{k: e for k, e in fit.derived.items() if k in ("a", "b")}}
-        for index, (name, e) in enumerate(quantities.items()):
-            head = (law.formula, rows_words(fit), r2_text(fit)) if index == 0 else ("", "", "")
-            rows.append((head[0], head[1], name, value_text(e), interval_text(e), head[2]))
     blocks: list[Block] = [
         Heading(text="The laws"),
         Grid(
-            head=("law", "rows", "parameter", "value", "95 % interval", "R²"),
-            rows=tuple(rows),
-            left=frozenset({"law", "rows", "parameter"}),
+            head=("law", "rows", "parameters with 95 % intervals", "a", "R²"),
+            rows=tuple(_law_row(fit) for fit in main),
+            left=frozenset({"law", "rows", "parameters with 95 % intervals", "a"}),
             caption=_laws_caption(view.fit, main),
         ),
     ]
@@ -185,6 +178,24 @@ def laws(view: LabView) -> list[Block]:
     return blocks
 
 
+def _law_row(fit: ScalingFit) -> tuple[str, ...]:
+    law = get_law(fit.law)
+    if not fit.is_fitted:
+        return (law.formula, rows_words(fit), f"not pinned down: {fit.status}", "–", "–")
+    given = [f"{name} = {number(value)} given" for name, value in law.pinned]
+    same = law.exponents[1:] if law.tied else ()
+    fitted = [f"{k} {_with_interval(e)}" for k, e in fit.parameters.items() if k not in law.fixed and k not in same]
+    a = fit.derived.get("a")
+    fixed = law.tied or a is None
+    share = "–" if a is None else number(a.value or 0) if fixed else _with_interval(a).removeprefix("= ")
+    return (law.formula, rows_words(fit), ", ".join([*given, *fitted]), share, r2_text(fit))
+
+
+def _with_interval(e: Estimate) -> str:
+    value = "not pinned down" if e.value is None else f"= {number(e.value)}"
+    return value if e.ci95 is None else f"{value} {interval_text(e)}"
+
+
 def _laws_caption(report: FitReport, main: list[ScalingFit]) -> str:
     counted = {
         "total": "N counts every parameter",
@@ -199,7 +210,7 @@ def _laws_caption(report: FitReport, main: list[ScalingFit]) -> str:
     text += f"; {converged} of {len(fitted)} fits reached a certified optimum." if fitted else "."
     if methods:
         text += f" Intervals: {'; '.join(methods)}, {report.n_bootstrap:,} resamples, seed {report.seed}."
-    return text + " R² is in log-log; a and b are the exponents of the best N and D against compute."
+    return text + " R² is in log-log; a is the exponent of the best N against compute (of the best D it is 1 - a)."
 
 
 # ---------------------------------------------------------------------------------------------------------- predictions
