@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homelab_scaling.errors import DataError, SpecError
-from homelab_scaling.fit import diagnose
+from homelab_scaling.fit import checks, diagnose
 from homelab_scaling.fit.crosscheck import cross_checks
 from homelab_scaling.fit.evidence import gather
 from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Law, Posed, get_law
@@ -101,7 +101,7 @@ def fit_points(
         excluded=tuple(excluded),
         fits=tuple(fits),
         notes=tuple(said),
-        warnings=tuple(diagnose.table_warnings(table)),
+        warnings=(*diagnose.table_warnings(table), *checks.table_checks(points)),
         evidence=evidence,
     )
     report.draws.update(draws)
@@ -175,7 +175,11 @@ def fit_law(
     reported = _report_fit(
         problem, rows, left_out=left_out, name=name, optimum=optimum, again=again, drawn=drawn, n_runs=n_runs
     )
-    return reported, drawn
+    said = (
+        checks.curvature(law, table, rows.rows),
+        checks.influence(law, posed, table, rows.rows, optimum=optimum, name=resolved, derived=reported.derived),
+    )
+    return replace(reported, warnings=reported.warnings + tuple(s for s in said if s)), drawn
 
 
 def _report_fit(
