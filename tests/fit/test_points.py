@@ -154,5 +154,5 @@ def test_json_is_one_document_and_files_only_where_asked(tmp_path: Path, capsys)
     assert list(tmp_path.iterdir()) == [path]
     assert cli.run_verb("fit", [str(path), "--bootstrap", "50", "--out", str(tmp_path / "fit")]) == 0
     shown = capsys.readouterr()
-    assert "power-n" in shown.out and "95 % interval" in shown.out
+    assert "power-n" in shown.out and "95 % profile" in shown.out
     assert (tmp_path / "fit" / "fit.json").exists()
