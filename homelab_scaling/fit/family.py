@@ -174,7 +174,7 @@ def optimal_shape(law: Law, values: Array, flops: float, family: ShapeFamily) ->
         width = np.exp(log_d)
         return loss_at(law, values[..., None, :], family.n_at(width), flops / family.flops_at(width))
 
-    grid = np.linspace(*np.log(SEARCHED_WIDTHS), N_GRID)
+    grid = np.linspace(float(np.log(SEARCHED_WIDTHS[0])), float(np.log(SEARCHED_WIDTHS[1])), N_GRID)
     best = loss(np.broadcast_to(grid, (*values.shape[:-1], N_GRID))).argmin(axis=-1)
     if values.ndim == 1 and best in (0, N_GRID - 1):
         edge = "narrower" if best == 0 else "wider"

@@ -82,9 +82,12 @@ def reconcile_pearce_song(
 
 
 def body_exponent(values: Array, n_body: Array, law: Law = CHINCHILLA, *, omega: float = OMEGA) -> Array:
-    """d log N_e / d log C_e of the best N_e at each size, exactly: from near beta / (alpha/3 + beta) to the law's own a.
+    """d log N_e / d log C_e of the best N_e at each size, exactly.
 
-    Source: Pearce & Song 2024 eq. 14: at the optimum of fixed C_e, alpha A N^-alpha d log N / d log N_e = beta B D^-beta.
+    It goes from beta / (alpha/3 + beta), where all is embedding, over a hump near 1, down to the law's own a: at the
+    optimum of a fixed C_e, alpha A N^-alpha d log N / d log N_e = beta B D^-beta.
+
+    Source: Pearce & Song 2024, section 3.
     """
     _a, _b, alpha, beta = law.split_terms(values)
     embeddings = omega * np.cbrt(n_body)

@@ -29,7 +29,7 @@ def lifetime_flops(n: Array | float, d: Array | float, inference_tokens: float, 
 
 
 def serve_optimum(terms: Terms, left: Array, inference_tokens: float, weight: float = 1.0) -> tuple[Array, Array]:
-    """N and D that reach the level `left` = A N^-alpha + B D^-beta at the least 6 N D + weight 2 N T; NaN where none do.
+    """N and D that reach the level `left` = A N^-alpha + B D^-beta at the least 6 N D + weight 2 N T; NaN where none.
 
     With D(N) from the level, log of 6 N D(N) is convex in log N, so the one minimum is where the derivative vanishes:
     (1/beta) log(1 + s) + log(alpha s / beta - 1) = log(weight T / (3 (B / left)^(1/beta))). Its left side rises and is
@@ -196,7 +196,7 @@ def predict_serving(
 
     def life(index: int) -> Life:
         (n, d), (n_all, d_all) = lives[index], both[1][1][index]
-        far = reach(fit, budgets=budgets, flops=float(6 * n * d), n_params=float(n), n_tokens=float(d))
+        far = reach(fit, at={"flops": float(6 * n * d), "n_params": float(n), "n_tokens": float(d)}, budgets=budgets)
         return Life(
             n_params=estimate(n, n_all),
             n_tokens=estimate(d, d_all),
@@ -285,7 +285,7 @@ def predict_tokens_to_reach(
             f"{n_params:.3g} parameters never reach {loss_nats:g} nats: with endless tokens the law gives {floor:.4g}; "
             "ask for a larger model or a higher loss"
         )
-    far = reach(fit, budgets=budgets, flops=6 * n_params * d, n_params=n_params, n_tokens=d)
+    far = reach(fit, at={"flops": 6 * n_params * d, "n_params": n_params, "n_tokens": d}, budgets=budgets)
     return TokensToReach(
         n_params=n_params,
         loss_nats=loss_nats,
