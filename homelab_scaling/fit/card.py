@@ -282,12 +282,13 @@ def _quality(report: FitReport) -> tuple[str | None, str]:
 def _uncertainty(report: FitReport) -> list[Item]:
     methods = list(dict.fromkeys(fit.interval for fit in report.main if fit.is_fitted and fit.draws_file))
     answer = f"{'; '.join(methods)}; {report.n_bootstrap:,} resamples, seed {report.seed}" if methods else None
+    why = "no resamples were asked for (--bootstrap 0)" if not report.n_bootstrap else "no law could be fitted"
     if not report.n_bootstrap:
         answer = None
     crossed = [name for fit in report.main for name in fit.cross_checks]
     differ = [c.disagreement for fit in report.main for c in fit.cross_checks.values() if c.disagreement]
     return [
-        _item("uncertainty", "How were intervals made?", answer, "no resamples were asked for (--bootstrap 0)"),
+        _item("uncertainty", "How were intervals made?", answer, why),
         _item(
             "uncertainty",
             "Were they cross-checked?",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
-LONG_CELL = 44
+LONG_CELL = 56
 """Text cells longer than this may wrap."""
 
 
@@ -194,7 +194,7 @@ p.lead{font-size:1.08rem}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;min-width:100%}
 th,td{padding:.34rem .5rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th{color:var(--faint);font-weight:600;border-bottom-width:2px}
-.l{text-align:left}sup,sub{line-height:0;font-size:.78em}td.l.long{white-space:normal;min-width:15rem}
+.l{text-align:left}sup,sub{line-height:0;font-size:.78em}td.l.long{white-space:normal;min-width:17rem;width:50%}
 .caption,figcaption{font-size:.86rem;color:var(--faint);margin:.35rem 0 1.4rem;max-width:50rem}
 figure{margin:1.6rem 0;max-width:54rem}figure img{width:100%;height:auto;display:block;border-radius:.4rem}
 pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1rem;overflow-x:auto;font-size:.85rem;line-height:1.5}

@@ -7,7 +7,7 @@ from homelab_scaling.fit.result import Approach, CrossCheck, Evidence, FitReport
 from homelab_scaling.fit.words import listed, number, short
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Paragraph
-from homelab_scaling.report.words import interval_text, sentence, value_text
+from homelab_scaling.report.words import COUNTS, interval_text, sentence, value_text
 
 APPROACHES = {
     "1": "1: envelope of the curves",
@@ -15,7 +15,6 @@ APPROACHES = {
     "3-free": "3: L(N, D)",
     "3-tied": "3 with alpha = beta",
 }
-COUNTS = {"total": "all parameters", "body": "body only", "body+head": "body and head"}
 
 
 def evidence(view: LabView) -> list[Block]:
@@ -214,9 +213,7 @@ def _roads(check: CrossCheck) -> tuple[str, str, str]:
 
 def live(view: LabView) -> list[Block]:
     """Runs that have not finished, and whether they are on the law."""
-    from homelab_scaling.report.live import check_view
-
-    checks = check_view(view)
+    checks = view.study.checks
     if not checks:
         return []
     rungs = {run.run_id: run for run in view.runs}

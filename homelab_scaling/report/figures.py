@@ -130,6 +130,13 @@ FIGURES: tuple[Kind, ...] = (
         "held-out text, which all rows share.",
     ),
     Kind(
+        draw=fit_plots.on_the_law,
+        title="Unfinished runs against the law",
+        caption="Held-out loss of runs that are still going (or stopped), relative to what the law and the finished "
+        "runs' own trunks lead to expect at the same tokens; shaded is the 95 % band for a single "
+        "run, crosses lie outside it.",
+    ),
+    Kind(
         draw=plots.loss_against_steps,
         title="Loss against steps",
         caption="Training loss of each run, smoothed (raw behind it). Thick lines are trunks at constant learning "

@@ -6,6 +6,7 @@ import numpy as np
 
 from homelab_scaling.fit.catalogue import CATALOGUE
 from homelab_scaling.fit.isoflop import DRAWN_SIZES, find_budgets
+from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.onlaw import JointLaw
 from homelab_scaling.fit.reconcile import CHINCHILLA_A, KAPLAN_A
@@ -15,6 +16,7 @@ from homelab_scaling.fit.words import brief, short
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.parts import LOSS, SIZE, TOKENS, Nothing, dot, drawn_of, log_log
 from homelab_scaling.report.style import Theme, label_lines, log_axis, ordered_colours
+from homelab_scaling.report.words import COUNTS
 
 MAX_BUDGETS = 5
 SHARED_SIZES = 2
@@ -144,7 +146,7 @@ def _isoflop_key(axes: Any, theme: Theme, *, interpolated: bool, joint: JointLaw
     if joint is not None:
         handles.append(mark(lw=1.5, label=f"fitted {joint.law.title}"))
         handles.append(mark(marker="*", ms=11, ls="", label="its minimum: the best size"))
-    axes.legend(handles=handles, loc="upper left", ncols=2, borderaxespad=0.6)
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, borderaxespad=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ exponents
@@ -230,7 +232,7 @@ def _roads(view: LabView) -> list[tuple[str, list[tuple[str, Estimate]]]]:
     if evidence is not None:
         named = {"1": "1, envelope", "2": "2, isoFLOP", "3-free": "3, L(N, D)", "3-tied": "3, alpha = beta"}
         groups.append(("Approaches", [(named[one.name], one.a) for one in evidence.approaches]))
-        groups.append(("Counting N as", [(row.count, row.a) for row in evidence.counts]))
+        groups.append(("Counting N as", [(COUNTS[row.count], row.a) for row in evidence.counts]))
     found = view.study.reconciliation
     if found is not None:
         groups.append(("From Kaplan to Chinchilla", [(step.name, step.a) for step in found.steps]))
@@ -275,6 +277,38 @@ def _published_lines(axes: Any, theme: Theme) -> None:
         )
 
 
+def on_the_law(plt: Any, view: LabView, theme: Theme) -> Any:
+    """How far each unfinished run lies from what the law leads to expect, with the band of a single run."""
+    shown = [check for check in view.study.checks if len(check.points) > 1]
+    if not shown:
+        raise Nothing("")
+    runs = {run.run_id: run for run in view.runs}
+    colours = ordered_colours([runs[check.run_id].n_params for check in shown], theme)
+    figure, axes = plt.subplots(figsize=(8.4, 3.6))
+    labels: list[tuple[float, float, str, Any]] = []
+    for check in shown:
+        colour = colours[runs[check.run_id].n_params]
+        tokens = np.array([p.tokens for p in check.points])
+        off = np.array([100 * (p.loss_nats / p.expected_nats - 1) for p in check.points])
+        band = np.array([[100 * (end / p.expected_nats - 1) for end in p.band95] for p in check.points])
+        axes.fill_between(tokens, band[:, 0], band[:, 1], color=colour, alpha=0.16, lw=0, zorder=1)
+        axes.plot(tokens, off, "-", color=colour, lw=1.3, zorder=3)
+        outside = np.array([p.side != 0 for p in check.points])
+        axes.plot(tokens[~outside], off[~outside], "o", ms=5, color=colour, mec=theme.background, zorder=4)
+        axes.plot(tokens[outside], off[outside], "X", ms=7, color=THEIRS, mec=theme.background, zorder=5)
+        labels.append((float(tokens[-1]), float(off[-1]), runs[check.run_id].rung, colour))
+    axes.axhline(0, color=theme.faint, lw=1, zorder=2)
+    low, high = float(min(p.tokens for c in shown for p in c.points)), max(label[0] for label in labels)
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.03, high * 1.03)
+    log_axis(axes.xaxis, low, high, form="count")
+    axes.set_xlabel(TOKENS)
+    axes.set_ylabel("Loss above expected (%)")
+    axes.set_title("Unfinished runs against the law")
+    label_lines(axes, labels)
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------------- heldout
 
 
@@ -312,7 +346,7 @@ def predicted_against_measured(plt: Any, view: LabView, theme: Theme) -> Any:
     log_axis(right.xaxis, 0.95, farthest * 1.15, form="plain")
     right.set_xlabel("Size over the largest fitted size")
     right.set_ylabel("Predicted above measured (%)")
-    _above_panels(figure, f"Predicted against measured on what was held out ({held.law})")
+    _above_panels(figure, f"Predicted against measured on what was held out: {get_law(held.law).title}")
     return figure
 
 

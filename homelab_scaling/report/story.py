@@ -282,7 +282,8 @@ def figures(pictures: Sequence[Picture | NoPicture]) -> list[Block]:
     absent = []
     for picture in pictures:
         if isinstance(picture, NoPicture):
-            absent.append(f"{picture.title}: not drawn, because {picture.reason}.")
+            if picture.reason:  # a figure that nobody misses has none
+                absent.append(f"{picture.title}: not drawn, because {picture.reason}.")
             continue
         blocks.append(
             Image(

@@ -1,5 +1,6 @@
 """What a report works out from a lab's fit, once, for its text and for its figures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,17 +13,18 @@ from homelab_scaling.fit.catalogue import joint_fit
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import parse_objective
-from homelab_scaling.fit.onlaw import JointLaw
+from homelab_scaling.fit.onlaw import JointLaw, LawCheck, TrunkCurve, check_curve, check_decayed
 from homelab_scaling.fit.points import apply_count
 from homelab_scaling.fit.reconcile import N_DRAWS, Reconciliation, on_the_way, reconcile
 from homelab_scaling.fit.resample import FEW_RUNS
 from homelab_scaling.fit.result import FitReport, HoldOut
 from homelab_scaling.fit.slices import Table, tabulate
 from homelab_scaling.fit.solve import solve
+from homelab_scaling.plan.counting import count_params
 from homelab_scaling.runs import LossPoint, to_point
 
 if TYPE_CHECKING:
-    from homelab_scaling.report.collect import LabView
+    from homelab_scaling.report.collect import LabView, RunView
 
 N_STARTS = 256
 
@@ -88,6 +90,12 @@ class Study:
         return found
 
     @cached_property
+    def checks(self) -> list[LawCheck]:
+        """Whether the unfinished runs are on the law; nothing where there is no law."""
+        waiting = [run for run in self.view.runs if run.status != "finished"]
+        return [] if self.joint is None or self.view.fit is None else check_runs(self.view, self.view.fit, waiting)
+
+    @cached_property
     def card(self) -> FitCard | None:
         """The checklist, filled from the fit and the runs."""
         view = self.view
@@ -134,3 +142,50 @@ def _fold(table: Table, name: str, largest: float, report: FitReport) -> Fold:
         measured=table.losses[~small],
         predicted=law.loss(posed.natural(best.theta), above),
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- live check
+
+
+def check_runs(view: "LabView", report: FitReport, chosen: "Sequence[RunView]") -> list[LawCheck]:
+    """Each run by its trunk where finished trunks show what to expect, else by its decayed rows."""
+    fit, law, draws = joint_fit(report)
+    joint = JointLaw(fit=fit, law=law, draws=draws)
+    curves = {run.run_id: _trunk(run, report.count) for run in view.runs}
+    finished = [curves[run.run_id] for run in view.runs if run.status == "finished"]
+    fitted = {point.row_id for point in report.points}
+    found = []
+    for run in chosen:
+        warmup = run.spec.science.schedule.warmup_tokens
+        check = check_curve(curves[run.run_id], joint, finished, warmup_tokens=warmup)
+        if check.verdict == "cannot be judged" and run.rows:
+            check = check_decayed(
+                run.run_id,
+                _counted(run, report.count),
+                [row.n_tokens for row in run.rows],
+                [row.loss_nats for row in run.rows],
+                joint,
+                in_fit=any(row.row_id in fitted for row in run.rows),
+            )
+        found.append(check)
+    return found
+
+
+def _trunk(run: "RunView", count: str) -> TrunkCurve:
+    trunk = [curve for curve in run.validation if not curve.is_decay]
+    tokens = np.array([t for curve in trunk for t in curve.tokens], dtype=np.float64)
+    losses = np.array([x for curve in trunk for x in curve.losses], dtype=np.float64)
+    science = run.spec.science
+    return TrunkCurve(
+        run_id=run.run_id,
+        n_params=_counted(run, count),
+        tokens=tokens,
+        losses=losses,
+        horizon_tokens=science.horizons_tokens[-1] if science.schedule.name == "cosine" else None,
+    )
+
+
+def _counted(run: "RunView", count: str) -> float:
+    counts = count_params(run.spec.science.shape, run.spec.science.n_vocab)
+    known = {"total": counts.n_params, "body": counts.n_body, "body+head": counts.n_body + counts.n_head}
+    return float(known.get(count, counts.n_params))

@@ -148,9 +148,9 @@ def laws(view: LabView) -> list[Block]:
     blocks: list[Block] = [
         Heading(text="The laws"),
         Grid(
-            head=("law", "rows", "parameters with 95 % intervals", "a", "R²"),
+            head=("law", "rows", "parameters with 95 % intervals", "R²"),
             rows=tuple(_law_row(fit) for fit in main),
-            left=frozenset({"law", "rows", "parameters with 95 % intervals", "a"}),
+            left=frozenset({"law", "rows", "parameters with 95 % intervals"}),
             caption=_laws_caption(view.fit, main),
         ),
     ]
@@ -181,14 +181,14 @@ def laws(view: LabView) -> list[Block]:
 def _law_row(fit: ScalingFit) -> tuple[str, ...]:
     law = get_law(fit.law)
     if not fit.is_fitted:
-        return (law.formula, rows_words(fit), f"not pinned down: {fit.status}", "–", "–")
-    given = [f"{name} = {number(value)} given" for name, value in law.pinned]
+        return (law.formula, rows_words(fit), fit.status, "–")
+    said = [f"{name} = {number(value)} given" for name, value in law.pinned]
     same = law.exponents[1:] if law.tied else ()
-    fitted = [f"{k} {_with_interval(e)}" for k, e in fit.parameters.items() if k not in law.fixed and k not in same]
-    a = fit.derived.get("a")
-    fixed = law.tied or a is None
-    share = "–" if a is None else number(a.value or 0) if fixed else _with_interval(a).removeprefix("= ")
-    return (law.formula, rows_words(fit), ", ".join([*given, *fitted]), share, r2_text(fit))
+    said += [f"{k} {_with_interval(e)}" for k, e in fit.parameters.items() if k not in law.fixed and k not in same]
+    if law.splits and not law.tied:
+        said.append(f"a {_with_interval(fit.derived['a'])}")
+    # No break inside a parameter, so that lines end between two of them.
+    return (law.formula, rows_words(fit), ", ".join(text.replace(" ", "\u00a0") for text in said), r2_text(fit))
 
 
 def _with_interval(e: Estimate) -> str:

@@ -5,6 +5,9 @@ from homelab_scaling.fit.words import between, brief, listed, number
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.runs import Row
 
+COUNTS = {"total": "all parameters", "body": "body only", "body+head": "body and head"}
+"""What N counts, in a word or two."""
+
 
 def main_fit(report: FitReport | None, law: str) -> ScalingFit | None:
     """The main fit of a law, where it was fitted at all."""

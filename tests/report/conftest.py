@@ -12,6 +12,7 @@ from homelab_scaling.runs import Machine, Row, RunRecord
 from homelab_scaling.specs import ExecutionSpec, ModelShape, Money, Optim, RunSpec, Schedule, ScienceSpec, make_run_id
 
 SHAPES = {"67k": (2, 24, 2), "127k": (2, 40, 2), "289k": (3, 64, 2), "545k": (3, 96, 3), "1072k": (4, 128, 4)}
+BIG_SHAPES = {"5M": (6, 256, 4), "26M": (8, 512, 8), "101M": (12, 832, 8)}
 HORIZONS = (749_568, 1_499_136, 2_998_272)
 BATCH, VOCAB, CONTEXT = 4096, 2048, 128
 MACHINE = Machine(
@@ -31,26 +32,28 @@ def planted(n: float, d: float) -> float:
 
 
 class Synthetic:
-    """Writes run folders under `lab`."""
+    """Writes run folders under `lab`; `horizons` and `batch` may be changed between runs."""
 
     def __init__(self, lab: Path, seed: int = 0) -> None:
         self.lab = lab
+        self.horizons = HORIZONS
+        self.batch = BATCH
         self.rng = np.random.default_rng(seed)
 
     def spec(self, rung: str, seed: int = 0) -> RunSpec:
-        n_layer, d_model, n_head = SHAPES[rung]
+        n_layer, d_model, n_head = (SHAPES | BIG_SHAPES)[rung]
         science = ScienceSpec(
             shape=ModelShape(n_layer=n_layer, d_model=d_model, n_head=n_head, context_tokens=CONTEXT),
             n_vocab=VOCAB,
             tokenizer_hash="t" * 64,
             train_fingerprint="a" * 64,
             val_fingerprint="b" * 64,
-            horizons_tokens=HORIZONS,
-            batch_tokens_global=BATCH,
+            horizons_tokens=self.horizons,
+            batch_tokens_global=self.batch,
             schedule=Schedule(
                 name="wsd",
                 lr_peak=round(6e-3 * (d_model / 64) ** -0.5, 6),
-                warmup_tokens=10 * BATCH,
+                warmup_tokens=10 * self.batch,
                 decay_frac=0.2,
                 lr_final_frac=0.0,
             ),
@@ -88,7 +91,7 @@ class Synthetic:
         codec.write_json(folder / "spec.json", spec)
         shared = float(0.004 * self.rng.normal())
         n = count_params(spec.science.shape, VOCAB).n_params
-        stop = {"diverged": HORIZONS[0] // 3, "running": int(0.62 * HORIZONS[1])}.get(status)
+        stop = {"diverged": self.horizons[0] // 3, "running": int(0.31 * self.horizons[-1])}.get(status)
         lines = self._metrics(spec, n, shared, stop)
         if status == "running":
             lines = [line for line in lines if line.get("loss", 0.0) is not None and line["tokens"] <= stop]
@@ -120,7 +123,7 @@ class Synthetic:
         params = count_params(spec.science.shape, VOCAB)
         per_token = flops_per_token(spec.science.shape, VOCAB)
         before = 0
-        for d in HORIZONS:
+        for d in self.horizons:
             loss = planted(n, d) * math.exp(shared + 0.001 * self.rng.normal())
             own = (d - before) + 0.2 * before
             rate = 4e10 / per_token
@@ -141,8 +144,8 @@ class Synthetic:
                     n_pos=params.n_pos,
                     n_embed=params.n_embed,
                     n_head=params.n_head,
-                    n_steps=d // BATCH,
-                    batch_tokens=BATCH,
+                    n_steps=d // self.batch,
+                    batch_tokens=self.batch,
                     lr_peak=spec.science.schedule.lr_peak,
                     schedule="wsd",
                     decayed=True,
@@ -172,7 +175,7 @@ class Synthetic:
 
         def step(phase: str, k: int, gain: float, lr: float) -> None:
             nonlocal update
-            d = (k + 1) * BATCH
+            d = (k + 1) * self.batch
             value = loss_at(d, gain) + 0.06 * float(self.rng.normal())
             head = {"update": update, "phase": phase, "step": k, "tokens": d}
             lines.append({"kind": "step", **head, "lr": lr, "loss": value, "grad_norm": 0.4 + 20 / (k + 10)})
@@ -183,17 +186,17 @@ class Synthetic:
             if (k + 1) % 40 == 0:
                 lines.append({"kind": "rate", **head, "tokens_per_s": 4e10 / (6 * n) * 1.02, "mfu": None})
 
-        for d in HORIZONS:
-            fork = int(d * 0.8) // BATCH
+        for d in self.horizons:
+            fork = int(d * 0.8) // self.batch
             for k in range(last, fork):
-                if stop is not None and (k + 1) * BATCH > stop:
+                if stop is not None and (k + 1) * self.batch > stop:
                     lines.append(
                         {
                             "kind": "step",
                             "update": update,
                             "phase": "trunk",
                             "step": k,
-                            "tokens": (k + 1) * BATCH,
+                            "tokens": (k + 1) * self.batch,
                             "lr": peak,
                             "loss": None,
                             "grad_norm": None,
@@ -201,8 +204,8 @@ class Synthetic:
                     )
                     return lines
                 step("trunk", k, 0.0, peak * min(1.0, (k + 1) / 10))
-            for k in range(fork, d // BATCH):
-                share = (k - fork + 1) / (d // BATCH - fork)
+            for k in range(fork, d // self.batch):
+                share = (k - fork + 1) / (d // self.batch - fork)
                 step(f"decay@{d}", k, share, peak * (1 - math.sqrt(share)))
             last = fork
         return lines
