@@ -14,6 +14,7 @@ def short(value: float) -> str:
 def _digits(value: float) -> str:
     if value == 0:
         return "0"
+    value = float(f"{value:.3g}")  # 999.9M is 1.00B, not 1.000B
     decimals = max(0, 2 - math.floor(math.log10(abs(value)) + 1e-9))
     return f"{value:.{min(decimals, 6)}f}"
 
