@@ -7,7 +7,7 @@ the planner's work (plan/ladder.py).
 from dataclasses import dataclass, field
 from typing import Literal
 
-from homelab_scaling.specs import MAX_WARMUP_FRAC, Money, Optim, ScheduleName, require
+from homelab_scaling.specs import MAX_WARMUP_FRAC, Money, Optim, ScheduleName, WatchLimits, require
 
 MAX_CURVE_POINTS_PER_ROW = 20
 
@@ -228,6 +228,7 @@ class Ladder:
     validation: Validation = field(default_factory=Validation)
     train: TrainTable = field(default_factory=TrainTable)
     money: Money = field(default_factory=Money)
+    watch: WatchLimits = field(default_factory=WatchLimits)
 
     def __post_init__(self) -> None:
         require(

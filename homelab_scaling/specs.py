@@ -5,6 +5,7 @@ halves: `ScienceSpec`, whose hash names the run and which never changes, and `Ex
 segments of one run without changing its result. Every class checks itself when made and says found, wanted, what to do.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,11 +73,67 @@ class Money:
 
     usd_per_kwh: float | None = None
     usd_per_machine_hour: float | None = None
+    watts: float | None = None
+    """Stated power of the whole machine while it trains; used, and labelled so, only where no sensor measures it."""
 
     def __post_init__(self) -> None:
-        for key in ("usd_per_kwh", "usd_per_machine_hour"):
+        for key in ("usd_per_kwh", "usd_per_machine_hour", "watts"):
             value = getattr(self, key)
             require(value is None or value >= 0, f"money.{key} = {value}, wants 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchLimits:
+    """[watch]: when the watchdog acts. Temperatures are degrees below the card's own slowdown limit."""
+
+    enabled: bool = True
+    """Whether `homelab run` and the recipe start a watchdog and obey it."""
+    interval_s: float = 1.0
+    """Between two polls of the sensors."""
+    slowdown_c: float = 90.0
+    """Assumed where a card does not tell its own."""
+    warn_below_c: float = 12.0
+    slow_below_c: float = 8.0
+    slow_after_s: float = 15.0
+    """How long it must be that hot before training is slowed."""
+    pause_below_c: float = 3.0
+    resume_below_c: float = 25.0
+    resume_after_s: float = 30.0
+    recover_below_c: float = 15.0
+    recover_after_s: float = 120.0
+    """Below `recover_below_c` for this long, pacing is eased by one step."""
+    duty_step_down: float = 0.10
+    duty_step_up: float = 0.05
+    duty_min: float = 0.20
+    move_every_s: float = 60.0
+    """At most one step of pacing in this time."""
+    max_pauses: int = 3
+    """More within `pauses_within_s` is a stop."""
+    pauses_within_s: float = 1800.0
+    alarm_after_s: float = 10.0
+    """A hardware-thermal or power-brake bit held this long is a stop."""
+    vram_warn_frac: float = 0.95
+    throttle_warn_frac: float = 0.05
+    """Share of ten minutes under software-thermal throttling that is worth a warning."""
+    hang_kill_s: float = 180.0
+    """After a card is lost, how long its runs may take to end before they are ended."""
+
+    def __post_init__(self) -> None:
+        order = ("resume_below_c", "recover_below_c", "warn_below_c", "slow_below_c", "pause_below_c")
+        values = [getattr(self, key) for key in order]
+        require(
+            all(a > b for a, b in itertools.pairwise(values)) and values[-1] > 0,
+            f"watch: {', '.join(f'{k} = {v:g}' for k, v in zip(order, values, strict=True))} must fall in this order, "
+            "all above 0",
+        )
+        for key in ("interval_s", "move_every_s", "hang_kill_s", "resume_after_s", "recover_after_s"):
+            require(getattr(self, key) > 0, f"watch.{key} = {getattr(self, key)}, wants a positive number")
+        for key in ("slow_after_s", "alarm_after_s", "pauses_within_s"):
+            require(getattr(self, key) >= 0, f"watch.{key} = {getattr(self, key)}, wants 0 or more")
+        require(40 <= self.slowdown_c <= 120, f"watch.slowdown_c = {self.slowdown_c}, wants 40 to 120")
+        for key in ("duty_step_down", "duty_step_up", "duty_min", "vram_warn_frac", "throttle_warn_frac"):
+            require(0 < getattr(self, key) <= 1, f"watch.{key} = {getattr(self, key)}, wants more than 0, at most 1")
+        require(self.max_pauses >= 0, f"watch.max_pauses = {self.max_pauses}, wants 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +307,7 @@ class RunSpec:
     shards: str
     """Folder of train.bin, val.bin and manifest.json: absolute, or relative to the run's folder."""
     money: Money = field(default_factory=Money)
+    watch: WatchLimits = field(default_factory=WatchLimits)
 
     def __post_init__(self) -> None:
         wanted = make_run_id(self.rung, self.science)

@@ -284,4 +284,5 @@ def _run_spec(
         execution=execution,
         shards=shards,
         money=ladder.money,
+        watch=ladder.watch,
     )
