@@ -6,7 +6,7 @@ collection, fitting), with resampling and versions added.
 
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +63,10 @@ class Training:
 def fit_card(report: FitReport, training: Training | None = None) -> FitCard:
     """The card of a fit, from the fit and the specs of its runs."""
     known = training or Training()
+    ordered = sorted(
+        known.specs, key=lambda spec: (spec.science.shape.d_model, spec.science.shape.n_layer, spec.run_id)
+    )
+    known = replace(known, specs=tuple(ordered))
     items = [*_form(report), *_training(report, known), *_points(report, known), *_fitting(report)]
     return FitCard(source=report.source, items=(*items, *_uncertainty(report), *_provenance(report, known)))
 
