@@ -29,6 +29,10 @@ class Args:
     """D: alone, the size for which it is compute-optimal."""
     flops: float | None = None
     """C: its best split, beside 20 tokens per parameter."""
+    steps: float | None = None
+    """S_min, for the law kaplan-s."""
+    unique_tokens: float | None = None
+    """How many of --tokens are different ones, for a law of repeated data; all when not given."""
     worth: str = "1%"
     """The least that a doubling of the tokens has to gain: a share of the loss, or nats such as 0.02."""
     quality_of: float | None = None
@@ -72,6 +76,8 @@ def main(args: Args) -> int:
         params=args.params,
         tokens=args.tokens,
         flops=args.flops,
+        steps=args.steps,
+        unique_tokens=args.unique_tokens,
         worth=args.worth,
         quality_of=args.quality_of,
         quality_loss=args.quality_loss,

@@ -36,6 +36,7 @@ class ShapeSplit:
     family: str
     n_params: Estimate
     n_tokens: Estimate
+    tokens_per_param: Estimate
     loss_nats: Estimate
     n_layer: int
     d_model: int
@@ -156,6 +157,7 @@ def predict_shape(
         family=family.words,
         n_params=estimate(point.n_params, drawn_all.n_params),
         n_tokens=estimate(point.n_tokens, drawn_all.n_tokens),
+        tokens_per_param=estimate(point.n_tokens / point.n_params, drawn_all.n_tokens / drawn_all.n_params),
         loss_nats=estimate(point.loss_nats, drawn_all.loss_nats),
         n_layer=shape.n_layer,
         d_model=shape.d_model,

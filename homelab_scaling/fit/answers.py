@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from homelab_scaling.errors import SpecError
 from homelab_scaling.fit.advice import (
@@ -15,8 +16,8 @@ from homelab_scaling.fit.advice import (
 from homelab_scaling.fit.allocate import parse_worth
 from homelab_scaling.fit.catalogue import joint_fit
 from homelab_scaling.fit.family import ShapeFamily
-from homelab_scaling.fit.laws import Law, get_law
-from homelab_scaling.fit.predict import Forecast, Range, budgets_of, chosen_fit, predict_loss
+from homelab_scaling.fit.laws import AXIS_LETTER, Law, get_law
+from homelab_scaling.fit.predict import Forecast, Range, budgets_of, chosen_fit, predict_loss, shown_factor
 from homelab_scaling.fit.result import Draws, FitReport, ScalingFit
 from homelab_scaling.fit.serving import (
     KvCache,
@@ -29,9 +30,12 @@ from homelab_scaling.fit.serving import (
     predict_serving,
     predict_tokens_to_reach,
 )
+from homelab_scaling.fit.words import listed
 
 DEFAULT_BUDGETS = (1, 10, 100)
 """Times the largest budget measured, where nothing is asked."""
+FAR = 10.0
+"""Times the measured range from which an answer is called far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,10 @@ class Questions:
     params: float | None = None
     tokens: float | None = None
     flops: float | None = None
+    steps: float | None = None
+    """S_min, for a law of it."""
+    unique_tokens: float | None = None
+    """How many of the tokens are different ones, for a law of repeated data."""
     worth: str = "1%"
     quality_of: float | None = None
     quality_loss: float | None = None
@@ -76,7 +84,7 @@ class Questions:
     @property
     def about_law(self) -> bool:
         """Whether anything but a cache is asked."""
-        asked = (self.params, self.tokens, self.flops, self.quality_of, self.quality_loss)
+        asked = (self.params, self.tokens, self.flops, self.steps, self.quality_of, self.quality_loss)
         return any(one is not None for one in asked)
 
 
@@ -99,6 +107,8 @@ class Prediction:
     """In words, how the intervals were made."""
     assumes: tuple[str, ...]
     """Plain sentences on what every number here takes for granted."""
+    warnings: tuple[str, ...] = ()
+    """What makes these numbers less sure than their intervals say."""
     loss: Forecast | None = None
     budgets: tuple[Budget, ...] = ()
     tokens_for_params: BestPartner | None = None
@@ -122,7 +132,8 @@ def predict(report: FitReport, asked: Questions, law: str | None = None) -> Pred
     """
     fit, chosen, drawn = _fit_for(report, asked, law)
     known = _known_budgets(report, fit)
-    heading = Prediction(
+    answers = _of_split(fit, drawn, asked, known) if chosen.splits else _of_one(fit, chosen, drawn, asked)
+    made = Prediction(
         source=report.source,
         law=fit.law,
         formula=chosen.formula,
@@ -133,14 +144,10 @@ def predict(report: FitReport, asked: Questions, law: str | None = None) -> Pred
         n_draws=len(drawn.values),
         interval=interval_words(fit, drawn),
         assumes=tuple(assumptions(report, fit, chosen, asked)),
-        kv_cache=_cache(fit, drawn, asked),
+        **answers,
     )
-    answers = _of_split(fit, drawn, asked, known) if chosen.splits else _of_one(fit, drawn, chosen, asked)
-    return _with(heading, answers)
-
-
-def _with(heading: Prediction, answers: dict[str, object]) -> Prediction:
-    return replace(heading, **answers)  # type: ignore[arg-type]
+    made = replace(made, kv_cache=_cache(asked, made.serving))
+    return replace(made, warnings=tuple(cautions(made, fit, chosen)))
 
 
 def _fit_for(report: FitReport, asked: Questions, law: str | None) -> tuple[ScalingFit, Law, Draws]:
@@ -149,11 +156,8 @@ def _fit_for(report: FitReport, asked: Questions, law: str | None) -> tuple[Scal
     try:
         return joint_fit(report)
     except SpecError:
-        axes = tuple(
-            name
-            for name, value in (("n_params", asked.params), ("n_tokens", asked.tokens), ("flops", asked.flops))
-            if value is not None
-        )
+        given = (("n_params", asked.params), ("n_tokens", asked.tokens), ("flops", asked.flops))
+        axes = tuple(name for name, value in given if value is not None)
         if len(axes) == 1:
             return chosen_fit(report, None, axes=axes)
         usable = [fit for fit in report.main if fit.is_fitted and len(get_law(fit.law).axes) == 1]
@@ -169,9 +173,11 @@ def _known_budgets(report: FitReport, fit: ScalingFit) -> Range | None:
         return None
 
 
-def _of_split(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | None) -> dict[str, object]:
+def _of_split(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | None) -> dict[str, Any]:
+    if asked.steps is not None:
+        raise SpecError(f"{fit.law} knows no steps; ask with --tokens")
     n, d, family = asked.params, asked.tokens, asked.family
-    answers: dict[str, object] = {}
+    answers: dict[str, Any] = {}
     if asked.flops is not None and n is not None:
         d = asked.flops / (6 * n)
     elif asked.flops is not None and d is not None:
@@ -183,9 +189,9 @@ def _of_split(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | No
     if asked.quality_of is not None or asked.quality_loss is not None:
         return answers | _of_quality(fit, drawn, asked, known)
     if n is not None and d is not None:
-        unique = {"n_tokens_unique": d} if "n_tokens_unique" in get_law(fit.law).axes else {}
-        answers["loss"] = predict_loss(fit, drawn, n_params=n, n_tokens=d, **unique)
-        answers["more_tokens"] = predict_more_tokens(fit, drawn, n, d, parse_worth(asked.worth))
+        answers["loss"] = predict_loss(fit, drawn, n_params=n, n_tokens=d, **_unique(fit, asked, d))
+        if asked.unique_tokens is None:
+            answers["more_tokens"] = predict_more_tokens(fit, drawn, n, d, parse_worth(asked.worth))
     elif n is not None:
         answers["tokens_for_params"] = predict_partner(fit, drawn, n_params=n, budgets=known)
         if family is not None:
@@ -197,7 +203,16 @@ def _of_split(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | No
     return answers
 
 
-def _of_quality(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | None) -> dict[str, object]:
+def _unique(fit: ScalingFit, asked: Questions, n_tokens: float) -> dict[str, float]:
+    """The law's third variable where it has one: all tokens are new unless it is said how many are."""
+    if "n_tokens_unique" in get_law(fit.law).axes:
+        return {"n_tokens_unique": min(asked.unique_tokens or n_tokens, n_tokens)}
+    if asked.unique_tokens is not None:
+        raise SpecError(f"{fit.law} knows nothing of repeated tokens; drop --unique-tokens or choose a --law that does")
+    return {}
+
+
+def _of_quality(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | None) -> dict[str, Any]:
     if asked.quality_loss is not None and asked.params is not None and asked.inference_tokens is None:
         reached = predict_tokens_to_reach(fit, drawn, asked.params, asked.quality_loss, budgets=known)
         return {"tokens_to_reach": reached}
@@ -207,40 +222,73 @@ def _of_quality(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | 
     return {"serving": predict_serving(fit, drawn, quality, load, machines=asked.machines, budgets=known)}
 
 
-def _of_one(fit: ScalingFit, drawn: Draws, law: Law, asked: Questions) -> dict[str, object]:
+def _of_one(fit: ScalingFit, law: Law, drawn: Draws, asked: Questions) -> dict[str, Any]:
     """A law that knows no split gives a loss, and nothing else."""
-    given = {"n_params": asked.params, "n_tokens": asked.tokens, "flops": asked.flops}
+    given = {"n_params": asked.params, "n_tokens": asked.tokens, "flops": asked.flops, "s_min_steps": asked.steps}
     at = {axis: value for axis, value in given.items() if value is not None}
     other = asked.quality_of is not None or asked.quality_loss is not None
     if other or (set(at) - set(law.axes)):
+        letters = listed([AXIS_LETTER[axis] for axis in law.axes])
         raise SpecError(
-            f"{law.name} is a law of {' and '.join(law.axes)} and cannot split a budget between size and tokens; "
-            "ask it for a loss, or fit one with `homelab fit --law chinchilla`"
+            f"{law.name} is a law of {letters} and cannot split a budget between size and tokens; ask it for the loss "
+            f"at {letters} alone, or fit one that can with `homelab fit --law chinchilla`"
         )
     if not at and asked.layers is not None:
         return {}
-    if not at and len(law.axes) == 1:  # the page: the end of what was measured
-        at = {law.axes[0]: fit.ranges[law.axes[0]][1]}
+    if not at:  # the page: the end of what was measured
+        at = {axis: fit.ranges[axis][1] for axis in law.axes}
     return {"loss": predict_loss(fit, drawn, **at)}
 
 
-def _cache(fit: ScalingFit, drawn: Draws, asked: Questions) -> KvCache | None:
+def _cache(asked: Questions, serving: ServingPlan | None) -> KvCache | None:
+    """Of the shape that was given, else of the family's shape nearest to the size that was asked about or found."""
     if asked.layers is not None and asked.width is not None:
         context = asked.context or (asked.family.context_tokens if asked.family else None)
         if context is None:
             raise SpecError("the cache of a sequence needs its length; give --context")
         return kv_cache(asked.layers, asked.width, context, bytes_per_element=asked.kv_bytes, n_params=asked.params)
-    if asked.family is None:
-        return None
     n = asked.params
-    if n is None and asked.inference_tokens is not None:
-        quality = Quality(n_params=asked.quality_of, n_tokens=asked.tokens, loss_nats=asked.quality_loss)
-        n = predict_serving(fit, drawn, quality, asked.inference_tokens).by_flops.n_params.value
-    if n is None:
+    if serving is not None and serving.inference_tokens:
+        n = (serving.by_money or serving.by_flops).n_params.value
+    if asked.family is None or n is None:
         return None
     shape = asked.family.nearest(n)
     total = float(replace(asked.family, count="total").n_of(shape))
     return kv_cache_of(shape, bytes_per_element=asked.kv_bytes, n_params=total)
+
+
+def cautions(made: Prediction, fit: ScalingFit, law: Law) -> list[str]:
+    """What the intervals do not know."""
+    said = []
+    if law.fixed:
+        given = listed([f"{name} = {value:.4g}" for name, value in law.fixed.items()])
+        said.append(f"{given} was given to this law, not fitted: the intervals take it as exact")
+    if fit.unpinned:
+        said.append(
+            f"the points do not pin down {listed(list(fit.unpinned))}: read the intervals, not the values beside them"
+        )
+    far = max(_factors(made), default=1.0)
+    if far > FAR:
+        said.append(
+            f"answers go up to x {shown_factor(far)} beyond what was measured: the intervals know the noise of the "
+            "points, not whether the law still holds out there"
+        )
+    return said
+
+
+def _factors(made: Prediction) -> list[float]:
+    """Extrapolation of every answer."""
+    found = [f.extrapolation for b in made.budgets for f in (b.fitted, b.rule, b.shapes) if f is not None]
+    single = (
+        made.loss,
+        made.tokens_for_params,
+        made.tokens_for_params_by_shapes,
+        made.params_for_tokens,
+        made.more_tokens,
+        made.tokens_to_reach,
+        None if made.serving is None else made.serving.by_flops,
+    )
+    return found + [one.extrapolation for one in single if one is not None]
 
 
 def interval_words(fit: ScalingFit, drawn: Draws) -> str:

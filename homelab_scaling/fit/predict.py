@@ -31,7 +31,7 @@ class Reach:
 
     @property
     def words(self) -> str:
-        return "inside" if self.axis is None else f"{self.axis} x {shown_factor(self.factor)} outside"
+        return "inside" if self.axis is None else f"{self.axis} x {shown_factor(self.factor)} out"
 
 
 @dataclass(frozen=True, kw_only=True)

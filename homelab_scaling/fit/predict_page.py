@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from homelab_scaling.fit.advice import BestPartner, Budget, MoreTokens
+from homelab_scaling.fit.advice import BestPartner, Budget, MoreTokens, RuleSplit, ShapeSplit
 from homelab_scaling.fit.answers import Prediction
 from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT
-from homelab_scaling.fit.predict import Forecast, Reach
+from homelab_scaling.fit.predict import Forecast, Reach, Split
 from homelab_scaling.fit.result import Estimate
 from homelab_scaling.fit.serving import KvCache, Life, ServingPlan, TokensToReach
 from homelab_scaling.fit.words import short
@@ -45,17 +45,21 @@ def prediction_page(made: Prediction) -> "list[RenderableType]":
         page += _serving(made.serving)
     if made.kv_cache is not None:
         page += _cache(made.kv_cache)
-    page += [Text("Taken for granted", style="bold")]
+    for warning in made.warnings:
+        page.append(_item(Text(warning, style="yellow"), mark="!"))
+    page.append(Text("Taken for granted", style="bold"))
     page += [_item(Text(sentence)) for sentence in made.assumes]
     return page
 
 
 def _heading(made: Prediction) -> str:
+    known = dict(made.ranges)
+    if made.budget_range_flops is not None:
+        known.setdefault("flops", made.budget_range_flops)
     spans = [
-        f"{AXIS_LETTER.get(axis, axis)} {count(low)} to {count(high)}" for axis, (low, high) in made.ranges.items()
+        f"{AXIS_LETTER.get(axis, axis)} {' to '.join((flops if axis == 'flops' else count)(end) for end in ends)}"
+        for axis, ends in known.items()
     ]
-    if made.budget_range_flops is not None and "flops" not in made.ranges:
-        spans.append(f"C {count(made.budget_range_flops[0])} to {count(made.budget_range_flops[1])}")
     return f"law {made.law}, measured over {', '.join(spans)}; {made.interval}"
 
 
@@ -63,8 +67,13 @@ def _heading(made: Prediction) -> str:
 
 
 def count(value: float) -> str:
-    """Three digits: 124M, 3.00e+18, 4.1e-07."""
-    return f"{value:.2e}" if value >= 1e15 or 0 < value < 0.01 else short(value)
+    """Three digits: 124M, 3.00e18, 4.10e-07."""
+    return flops(value) if value >= 1e15 or 0 < value < 0.01 else short(value)
+
+
+def flops(value: float) -> str:
+    """3.00e18."""
+    return f"{value:.2e}".replace("e+", "e")
 
 
 def nats(value: float) -> str:
@@ -76,7 +85,7 @@ def percent(share: float) -> str:
 
 
 def dollars(usd: float) -> str:
-    if usd >= 1e6:
+    if abs(usd) >= 1e4:
         return f"${short(usd)}"
     return f"${usd:,.0f}" if usd >= 100 else f"${usd:,.2f}" if usd >= 0.1 else f"${usd:.2g}"
 
@@ -86,11 +95,16 @@ def _cell(one: Estimate, form: "Callable[[float], str]" = count) -> "Text":
     from rich.text import Text
 
     cell = Text("?" if one.value is None else form(one.value))
-    if one.ci95 is not None:
+    if one.ci95 is not None and one.ci95[0] < one.ci95[1]:
         low, high = one.ci95
         unsure = high > UNSURE_RATIO * max(low, 1e-300) and low > 0
-        cell.append(f"\n[{form(low)}, {form(high)}]", style="yellow" if unsure else "dim")
+        cell.append(f"\n{_ends(low, high, form)}", style="yellow" if unsure else "dim")
     return cell
+
+
+def _ends(low: float, high: float, form: "Callable[[float], str]") -> str:
+    """[low, high], a unit said once."""
+    return f"[{form(low).removesuffix(' %')}, {form(high)}]".replace(" %]", "] %")
 
 
 def _reach(factor: float, axis: str | None) -> "Text":
@@ -106,15 +120,15 @@ def _table(title: str, *columns: str, left: int = 1) -> "Table":
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         last = index == len(columns) - 1
-        table.add_column(column, justify="left" if index < left or last else "right", overflow="fold")
+        table.add_column(column, justify="left" if index < left or last else "right", no_wrap=True)
     return table
 
 
-def _item(text: "Text") -> "Table":
+def _item(text: "Text", mark: str = "-") -> "Table":
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 1))
-    grid.add_row("-", text)
+    grid.add_row(mark, text)
     return grid
 
 
@@ -127,7 +141,7 @@ def _said(*sentences: str) -> "list[RenderableType]":
 def _span(one: Estimate, form: "Callable[[float], str]" = count) -> str:
     """value [low, high] in one line."""
     value = "?" if one.value is None else form(one.value)
-    return value if one.ci95 is None else f"{value} [{form(one.ci95[0])}, {form(one.ci95[1])}]"
+    return value if one.ci95 is None else f"{value} {_ends(*one.ci95, form)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
@@ -137,69 +151,52 @@ def _loss(one: Forecast) -> "list[RenderableType]":
     from rich.text import Text
 
     heads = [f"{AXIS_LETTER[axis]} [{AXIS_UNIT[axis]}]" for axis in one.at]
-    table = _table("Loss", *heads, "loss [nats/token]", "measured range", left=0)
+    table = _table("Loss", *heads, "loss [nats/token]", "range", left=0)
     value = _cell(Estimate(value=one.loss_nats, ci95=one.ci95), nats)
     table.add_row(*(count(v) for v in one.at.values()), value, _reach(one.extrapolation, one.furthest))
     return [table, Text("")]
 
 
 def _budgets(budgets: tuple[Budget, ...]) -> "list[RenderableType]":
-    table = _table("Best split of a budget", "C [FLOPs]", "by", "N", "D", "D/N", "loss", "measured range", left=2)
+    page: list[RenderableType] = []
     for one in budgets:
-        f, r = one.fitted, one.rule
-        table.add_row(
-            f"{f.flops:.2e}",
-            "this law, 6 N D",
-            _cell(f.n_params),
-            _cell(f.n_tokens),
-            _cell(f.tokens_per_param),
-            _cell(f.loss_nats, nats),
-            _reach(f.extrapolation, f.furthest),
-        )
-        table.add_row(
-            "",
-            f"{r.tokens_per_param:g} tokens per N",
-            count(r.n_params),
-            count(r.n_tokens),
-            f"{r.tokens_per_param:.3g}",
-            _cell(r.loss_nats, nats),
-            _reach(r.extrapolation, r.furthest),
-        )
-        if one.shapes is not None:
-            s = one.shapes
-            ratio = (s.n_tokens.value or 0.0) / (s.n_params.value or 1.0)
-            table.add_row(
-                "",
-                "this law, exact FLOPs",
-                _cell(s.n_params),
-                _cell(s.n_tokens),
-                count(ratio),
-                _cell(s.loss_nats, nats),
+        f, r, s = one.fitted, one.rule, one.shapes
+        table = _table(f"Best split of C = {flops(f.flops)} FLOPs", "by", "N", "D", "D/N", "loss [nats]", "range")
+
+        def row(by: str, *cells: "Text | str", table: "Table" = table) -> None:
+            table.add_row(by, *cells)
+
+        ratio = f"{r.tokens_per_param:g}"
+        row("law, 6 N D", _cell(f.n_params), _cell(f.n_tokens), _cell(f.tokens_per_param), *_tail(f))
+        row(f"{ratio} tokens/N", count(r.n_params), count(r.n_tokens), ratio, *_tail(r))
+        if s is not None:
+            row("law, exact C", _cell(s.n_params), _cell(s.n_tokens), _cell(s.tokens_per_param), *_tail(s))
+            real = (s.shape_n_params, s.shape_n_tokens, s.shape_n_tokens / s.shape_n_params)
+            loss = Estimate(value=s.shape_loss_nats)
+            row(
+                f"  L{s.n_layer} d{s.d_model}",
+                *(count(v) for v in real),
+                _cell(loss, nats),
                 _reach(s.extrapolation, s.furthest),
             )
-            table.add_row(
-                "",
-                f"best shape: L{s.n_layer} d{s.d_model}",
-                count(s.shape_n_params),
-                count(s.shape_n_tokens),
-                count(s.shape_n_tokens / s.shape_n_params),
-                nats(s.shape_loss_nats),
-                _reach(s.extrapolation, s.furthest),
-            )
-        table.add_section()
-    costs = [f"{_span(one.rule.above_best_nats, nats)} nats at {one.fitted.flops:.2e}" for one in budgets]
-    return [table, *_said(f"20 tokens per parameter instead of this law's split costs {'; '.join(costs)} FLOPs.")]
+        above = _span(r.above_best_nats, nats)
+        page += [table, *_said(f"{ratio} tokens per parameter instead of the law's split costs {above} nats.")]
+    return page
+
+
+def _tail(one: "Split | RuleSplit | ShapeSplit") -> "tuple[Text, Text]":
+    return _cell(one.loss_nats, nats), _reach(one.extrapolation, one.furthest)
 
 
 def _partner(title: str, one: BestPartner) -> "list[RenderableType]":
     from rich.text import Text
 
-    table = _table(title, "N", "D", "D/N", "C [FLOPs]", "loss [nats/token]", "measured range", left=0)
+    table = _table(title, "N", "D", "D/N", "C [FLOPs]", "loss [nats/token]", "range", left=0)
     table.add_row(
         _cell(one.n_params),
         _cell(one.n_tokens),
         _cell(one.tokens_per_param),
-        _cell(one.flops),
+        _cell(one.flops, flops),
         _cell(one.loss_nats, nats),
         _reach(one.extrapolation, one.furthest),
     )
@@ -213,8 +210,8 @@ def _more_tokens(one: MoreTokens) -> "list[RenderableType]":
         "loss",
         "gain",
         "gain/loss",
-        "new model for that compute",
-        "measured range",
+        "new model",
+        "range",
         left=0,
     )
     for step in one.doublings:
@@ -231,20 +228,20 @@ def _more_tokens(one: MoreTokens) -> "list[RenderableType]":
         table,
         *_said(
             f"A doubling gains {one.worth} or more up to {_span(one.worth_until_tokens)} tokens ({far}).",
-            f"A doubling beats a new model at the best split of the same compute from "
-            f"{_span(one.beats_fresh_from_tokens)} to {_span(one.beats_fresh_until_tokens)} tokens; below, this model "
-            "is too large for its tokens, above too small.",
+            f"Doubling beats a new model at the best split of the same compute from "
+            f"{_span(one.beats_fresh_from_tokens)} to {_span(one.beats_fresh_until_tokens)} tokens; below, this "
+            "model is too large for its tokens, above too small.",
         ),
     ]
 
 
 def _tokens_to_reach(one: TokensToReach) -> "list[RenderableType]":
-    table = _table("Tokens to reach a loss", "N", "loss [nats/token]", "D", "C [FLOPs]", "measured range", left=0)
+    table = _table("Tokens to reach a loss", "N", "loss [nats/token]", "D", "C [FLOPs]", "range", left=0)
     table.add_row(
         count(one.n_params),
         nats(one.loss_nats),
         _cell(one.n_tokens),
-        _cell(one.flops),
+        _cell(one.flops, flops),
         _reach(one.extrapolation, one.furthest),
     )
     return [table, *_said(*_unreachable(one.unreachable_frac))]
@@ -257,29 +254,39 @@ def _unreachable(share: float) -> list[str]:
 
 
 def _serving(one: ServingPlan) -> "list[RenderableType]":
-    money = one.by_money is not None
-    load = f"and {count(one.inference_tokens)} served tokens" if one.inference_tokens else "at the least training"
-    table = _table(
-        f"Loss {nats(one.quality_loss_nats.value or 0.0)} {load}", "model", "N", "D", "FLOPs",
-        *(["USD"] if money else []), "saves", "measured range",
-    )  # fmt: skip
+    loss = nats(one.quality_loss_nats.value or 0.0)
+    if not one.inference_tokens:
+        table = _table(f"Cheapest training to a loss of {loss}", "N", "D", "C [FLOPs]", "range", left=0)
+        table.add_row(*_life(one.baseline), _cell(one.baseline.flops, flops), _tail_of(one.baseline))
+        return [table, *_said(*_unreachable(one.unreachable_frac))]
+    title = f"Loss {loss} and {count(one.inference_tokens)} served tokens"
+    table = _table(f"{title}: by FLOPs", "model", "N", "D", "FLOPs", "saves", "range")
+    for name, life, saves in (
+        ("as wanted", one.baseline, ""),
+        ("fewest FLOPs", one.by_flops, _cell(one.saved_flops_frac, percent)),
+    ):
+        table.add_row(name, *_life(life), _cell(life.flops, flops), saves, _tail_of(life))
+    said = [f"Over its life it saves {_span(one.saved_flops, flops)} FLOPs at the same loss."]
+    page: list[RenderableType] = [table, *_said(*said, *_unreachable(one.unreachable_frac))]
+    if one.by_money is None or one.saved_usd is None or one.saved_usd_frac is None:
+        return page
+    table = _table(f"{title}: by money", "model", "N", "D", "USD", "saves", "range")
+    for name, life, saves in (
+        ("as wanted", one.baseline, ""),
+        ("fewest FLOPs", one.by_flops, ""),
+        ("least money", one.by_money, _cell(one.saved_usd_frac, percent)),
+    ):
+        cost = "?" if life.usd is None else _cell(life.usd, dollars)
+        table.add_row(name, *_life(life), cost, saves, _tail_of(life))
+    return [*page, table, *_said(f"Over its life it saves {_span(one.saved_usd, dollars)} at the same loss.")]
 
-    def row(name: str, life: Life, saves: "Text | str") -> None:
-        usd = [] if life.usd is None else [_cell(life.usd, dollars)]
-        cells = (_cell(life.n_params), _cell(life.n_tokens), _cell(life.flops))
-        table.add_row(name, *cells, *usd, saves, _reach(life.extrapolation, life.furthest))
 
-    row("as wanted" if one.inference_tokens else "cheapest to train", one.baseline, "")
-    if one.inference_tokens:
-        row("fewest FLOPs", one.by_flops, _cell(one.saved_flops_frac, percent))
-    if one.by_money is not None and one.saved_usd_frac is not None:
-        row("least money", one.by_money, _cell(one.saved_usd_frac, percent))
-    said = _unreachable(one.unreachable_frac)
-    if one.inference_tokens:
-        said.append(f"Over its life the cheapest model saves {_span(one.saved_flops)} FLOPs at the same loss.")
-    if one.saved_usd is not None:
-        said.append(f"By money it saves {_span(one.saved_usd, dollars)}.")
-    return [table, *_said(*said)]
+def _life(life: Life) -> "tuple[Text, Text]":
+    return _cell(life.n_params), _cell(life.n_tokens)
+
+
+def _tail_of(life: Life) -> "Text":
+    return _reach(life.extrapolation, life.furthest)
 
 
 def _cache(one: KvCache) -> "list[RenderableType]":
