@@ -46,6 +46,7 @@ class Args:
 
 
 def main(args: Args) -> int:
+    from homelab_scaling.fit.card import read_training, write_card
     from homelab_scaling.fit.fit import fit_points
     from homelab_scaling.fit.points import Selection, parse_pairs, read_points
     from homelab_scaling.fit.result import save_fit
@@ -69,6 +70,8 @@ def main(args: Args) -> int:
     )
     folder = args.out or (args.source / "fit" if args.source.is_dir() else None)
     written = save_fit(report, folder) if folder else None
+    if folder:
+        write_card(report, folder, read_training(args.source) if args.source.is_dir() else None)
     if args.json:
         print(codec.dumps(report))
     else:

@@ -200,5 +200,6 @@ figure{margin:1.6rem 0;max-width:54rem}figure img{width:100%;height:auto;display
 pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1rem;overflow-x:auto;font-size:.85rem;line-height:1.5}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.92em;overflow-wrap:anywhere}
 pre code{overflow-wrap:normal}
+@media(max-width:40rem){td.l.long{min-width:13rem;width:auto}}
 @media print{main{max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}
 """

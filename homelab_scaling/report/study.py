@@ -80,9 +80,9 @@ class Study:
         )
 
     def _unfinished(self, points: list[LossPoint]) -> list[LossPoint]:
-        """What the trunks read before their decays."""
+        """What the trunks of finished runs read before their decays."""
         found: list[LossPoint] = []
-        for run in self.view.runs:
+        for run in (run for run in self.view.runs if run.status == "finished"):
             rows = [p for p in points if p.run_id == run.run_id]
             for curve in run.validation:
                 if not curve.is_decay:
