@@ -3,16 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from homelab_scaling import cli, codec
-from homelab_scaling.errors import SpecError
-
-if TYPE_CHECKING:
-    from homelab_scaling.box import Box
-
 
 TABLE_COLUMNS = 100
 """Narrower, the tables would break their numbers."""
@@ -41,6 +36,7 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.plan.cost import measured_rates
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
+    from homelab_scaling.plan.machine import machine_for
     from homelab_scaling.plan.show import plan_page
 
     ladder, path = read_ladder(args.ladder)
@@ -48,7 +44,7 @@ def main(args: Args) -> int:
     plan = plan_ladder(
         ladder,
         find_corpus(ladder, shards),
-        _box(args),
+        machine_for(args.card, args.gpus),
         shards="../../shards" if ladder.data.shards is None else str(shards),
         measured=measured_rates([args.lab / ladder.name]),
         watts=args.watts,
@@ -67,25 +63,6 @@ def main(args: Args) -> int:
     for part in plan_page(plan):
         console.print(part)
     return 0
-
-
-def _box(args: Args) -> "Box":
-    """The machine to plan for: this one, or the one described by --card and --gpus."""
-    import dataclasses
-
-    from homelab_scaling.box import describe_box, detect_box
-    from homelab_scaling.plan.peaks import box_with
-
-    if args.card is not None:
-        return box_with(args.card, 1 if args.gpus is None else args.gpus)
-    box = detect_box()
-    if args.gpus is None or args.gpus == box.n_gpus:
-        return box
-    if args.gpus == 0:
-        return describe_box([])
-    if not 0 < args.gpus < box.n_gpus:
-        raise SpecError(f"--gpus {args.gpus}, but this machine has {box.n_gpus}; name the card you mean with --card")
-    return dataclasses.replace(box, n_gpus=args.gpus)
 
 
 if __name__ == "__main__":

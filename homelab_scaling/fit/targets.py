@@ -63,6 +63,8 @@ class Target:
     """tokens, parameters, nats or nothing."""
     in_log: bool
     """Whether its interval is taken on the logarithm."""
+    n_params: float | None = None
+    """The size it is about, to tell how far it lies beyond the rows; None where it names none."""
     of: Callable[[Law, Array], Array]
     """Its value from natural parameters (..., parameter)."""
 
@@ -89,6 +91,7 @@ def parse_target(text: str, law: Law) -> Target:
             words=f"D_opt at N = {short(n)}",
             unit="tokens",
             in_log=True,
+            n_params=n,
             of=lambda w, v: best_tokens(w, v, n),
         )
     if form == "n-opt":
@@ -99,7 +102,7 @@ def parse_target(text: str, law: Law) -> Target:
         n, d = _numbers(text, rest, 2)
         at: dict[str, Array | float] = {"n_params": n, "n_tokens": d}
         words = f"loss at N = {short(n)}, D = {short(d)}"
-        return Target(name=text, words=words, unit="nats", in_log=True, of=lambda w, v: w.loss(v, at))
+        return Target(name=text, words=words, unit="nats", in_log=True, n_params=n, of=lambda w, v: w.loss(v, at))
     if colon or not (kind in law.names or kind == "exponent" or (kind in ("a", "b") and law.splits)):
         raise SpecError(f"--target {text}: {law.name} has no such quantity; choose for example {EXAMPLES}")
     if kind in law.fixed:
