@@ -87,6 +87,11 @@ def _readable_boxes(argv: list[str]) -> Iterator[None]:
 _PLAINER = (
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 wants a whole number, found \2"),
     (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 wants a number, found \2"),
+    (
+        r"Error parsing (\S+): no type matching \{None\}\|INT could.*?\['(.*?)'\].*",
+        r"\1 wants a whole number, found '\2'",
+    ),
+    (r"Error parsing (\S+): no type matching \{None\}\|FLOAT could.*?\['(.*?)'\].*", r"\1 wants a number, found '\2'"),
     (r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.", r"\2 wants one of \3, found \1"),
     (r"Missing value for argument '(\S+)'\..*", r"\1 has no value"),
     (r"Missing from [^:]*: ((?:--\S+ )?\S+) (.*)", r"missing \1: \2"),

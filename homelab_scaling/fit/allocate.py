@@ -16,8 +16,8 @@ from homelab_scaling.errors import SpecError
 from homelab_scaling.fit.laws import KaplanJoint, Law
 from homelab_scaling.fit.models import Array
 
-MAX_LOG = 300.0
-"""Results are kept within e^-300 .. e^300, so that a draw with an exponent near 0 stays a (silly) finite number."""
+MAX_LOG = 150.0
+"""Results are kept within e^-150 .. e^150: a draw with an exponent near 0, and products with it, stay finite."""
 FLOPS_PER_PARAM_TOKEN = 6.0
 RULE_TOKENS_PER_PARAM = 20.0
 N_BISECTIONS = 70

@@ -1,6 +1,5 @@
 """Questions to a fit and their answers: what `homelab predict` asks and prints."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from homelab_scaling.fit.advice import (
 )
 from homelab_scaling.fit.allocate import parse_worth
 from homelab_scaling.fit.catalogue import joint_fit
-from homelab_scaling.fit.family import ShapeFamily
+from homelab_scaling.fit.family import OutsideFamily, ShapeFamily
 from homelab_scaling.fit.laws import AXIS_LETTER, Law, get_law
 from homelab_scaling.fit.predict import Forecast, Range, budgets_of, chosen_fit, predict_loss, shown_factor
 from homelab_scaling.fit.result import Draws, FitReport, ScalingFit
@@ -34,6 +33,8 @@ from homelab_scaling.fit.words import listed
 
 DEFAULT_BUDGETS = (1, 10, 100)
 """Times the largest budget measured, where nothing is asked."""
+MOST = 1e40
+"""Of anything that is asked: beyond it even silly answers stop being numbers."""
 FAR = 10.0
 """Times the measured range from which an answer is called far."""
 
@@ -64,8 +65,12 @@ class Questions:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
-                raise SpecError(f"--{one.name.replace('_', '-')} {value:g}: wants a positive number")
+            if not isinstance(value, int | float):
+                continue
+            least = 0.0 if one.name in ("quality_loss", "kv_bytes") else 1.0
+            if not (least <= value <= MOST and value > 0):
+                wants = f"a number from {least:g} to {MOST:g}" if least else "a positive number"
+                raise SpecError(f"--{one.name.replace('_', '-')} {value:g}: wants {wants}")
         if self.params is not None and self.tokens is not None and self.flops is not None:
             raise SpecError("size, tokens and FLOPs are given together; C = 6 N D leaves room for two of them")
         if (self.layers is None) != (self.width is None):
@@ -147,7 +152,7 @@ def predict(report: FitReport, asked: Questions, law: str | None = None) -> Pred
         **answers,
     )
     made = replace(made, kv_cache=_cache(asked, made.serving))
-    return replace(made, warnings=tuple(cautions(made, fit, chosen)))
+    return replace(made, warnings=tuple(cautions(made, fit, chosen, asked)))
 
 
 def _fit_for(report: FitReport, asked: Questions, law: str | None) -> tuple[ScalingFit, Law, Draws]:
@@ -185,7 +190,7 @@ def _of_split(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | No
     budgets = [] if asked.flops is None else [asked.flops]
     if not asked.about_law and asked.layers is None and known is not None:
         budgets = [times * known[1] for times in DEFAULT_BUDGETS]
-    answers["budgets"] = tuple(predict_budget(fit, drawn, one, family=family, budgets=known) for one in budgets)
+    answers["budgets"] = tuple(_budget(fit, drawn, one, family, known) for one in budgets)
     if asked.quality_of is not None or asked.quality_loss is not None:
         return answers | _of_quality(fit, drawn, asked, known)
     if n is not None and d is not None:
@@ -194,13 +199,19 @@ def _of_split(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | No
             answers["more_tokens"] = predict_more_tokens(fit, drawn, n, d, parse_worth(asked.worth))
     elif n is not None:
         answers["tokens_for_params"] = predict_partner(fit, drawn, n_params=n, budgets=known)
-        if family is not None:
-            answers["tokens_for_params_by_shapes"] = predict_partner(
-                fit, drawn, n_params=n, family=family, budgets=known
-            )
+        if family is not None and family.holds(n):
+            exact = predict_partner(fit, drawn, n_params=n, family=family, budgets=known)
+            answers["tokens_for_params_by_shapes"] = exact
     elif d is not None:
         answers["params_for_tokens"] = predict_partner(fit, drawn, n_tokens=d, budgets=known)
     return answers
+
+
+def _budget(fit: ScalingFit, drawn: Draws, flops: float, family: ShapeFamily | None, known: Range | None) -> Budget:
+    try:
+        return predict_budget(fit, drawn, flops, family=family, budgets=known)
+    except OutsideFamily:  # 6 N D still has an answer; `cautions` says that the shapes have none
+        return predict_budget(fit, drawn, flops, budgets=known)
 
 
 def _unique(fit: ScalingFit, asked: Questions, n_tokens: float) -> dict[str, float]:
@@ -250,14 +261,14 @@ def _cache(asked: Questions, serving: ServingPlan | None) -> KvCache | None:
     n = asked.params
     if serving is not None and serving.inference_tokens:
         n = (serving.by_money or serving.by_flops).n_params.value
-    if asked.family is None or n is None:
+    if asked.family is None or n is None or not asked.family.holds(n):
         return None
     shape = asked.family.nearest(n)
     total = float(replace(asked.family, count="total").n_of(shape))
     return kv_cache_of(shape, bytes_per_element=asked.kv_bytes, n_params=total)
 
 
-def cautions(made: Prediction, fit: ScalingFit, law: Law) -> list[str]:
+def cautions(made: Prediction, fit: ScalingFit, law: Law, asked: Questions) -> list[str]:
     """What the intervals do not know."""
     said = []
     if law.fixed:
@@ -267,6 +278,10 @@ def cautions(made: Prediction, fit: ScalingFit, law: Law) -> list[str]:
         said.append(
             f"the points do not pin down {listed(list(fit.unpinned))}: read the intervals, not the values beside them"
         )
+    one = made.tokens_for_params
+    without = any(b.shapes is None for b in made.budgets) or (one and made.tokens_for_params_by_shapes is None)
+    if asked.family is not None and without:
+        said.append(f"no exact FLOPs, only 6 N D: these sizes are outside the {asked.family.words}")
     far = max(_factors(made), default=1.0)
     if far > FAR:
         said.append(

@@ -28,6 +28,10 @@ N_GRID, N_GOLDEN = 192, 48
 GOLDEN = (5**0.5 - 1) / 2
 
 
+class OutsideFamily(SpecError):
+    """A size or budget for which the family has no shape."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapeFamily:
     """The planner's rule for shapes: L = max(4, d / 64), heads of 64 (32 in models narrower than 128 or between).
@@ -107,18 +111,22 @@ class ShapeFamily:
         """The width, real or not, whose N this is.
 
         Raises:
-            SpecError: outside the family.
+            OutsideFamily: none has.
         """
         low, high = np.log(SEARCHED_WIDTHS)
         smallest, largest = (float(self.n_at(np.array(w))) for w in SEARCHED_WIDTHS)
         if not smallest <= n_params <= largest:
-            raise SpecError(
+            raise OutsideFamily(
                 f"{n_params:.3g} parameters are outside the {self.words}, which go from {smallest:.2g} to {largest:.2g}"
             )
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if self.n_at(np.exp(middle)) < n_params else (low, middle)
         return float(np.exp(low))
+
+    def holds(self, n_params: float) -> bool:
+        """Whether real shapes reach around this N."""
+        return self._real[0][1] / 1.5 <= n_params <= 1.5 * self._real[-1][1]
 
     def nearest(self, n_params: float) -> ModelShape:
         """The real shape whose N is nearest in ratio."""
@@ -166,7 +174,8 @@ def optimal_shape(law: Law, values: Array, flops: float, family: ShapeFamily) ->
     A grid over log d finds the valley, golden sections its floor: no assumption about how F grows with N.
 
     Raises:
-        SpecError: not a law of N and D, or the optimum lies outside the widths that are searched.
+        SpecError: not a law of N and D.
+        OutsideFamily: the optimum lies outside the widths that are searched.
     """
     law.split_terms(values)
 
@@ -178,7 +187,7 @@ def optimal_shape(law: Law, values: Array, flops: float, family: ShapeFamily) ->
     best = loss(np.broadcast_to(grid, (*values.shape[:-1], N_GRID))).argmin(axis=-1)
     if values.ndim == 1 and best in (0, N_GRID - 1):
         edge = "narrower" if best == 0 else "wider"
-        raise SpecError(f"the best shape for {flops:.3g} FLOPs is {edge} than any of the {family.words}")
+        raise OutsideFamily(f"the best shape for {flops:.3g} FLOPs is {edge} than any of the {family.words}")
     low, high = grid[np.maximum(best - 1, 0)][..., None], grid[np.minimum(best + 1, N_GRID - 1)][..., None]
     for _ in range(N_GOLDEN):
         left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)

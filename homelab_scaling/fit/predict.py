@@ -87,9 +87,9 @@ def chosen_fit(report: FitReport, law: str | None, *, axes: tuple[str, ...] = ()
         if fit.law == law or (law is None and get_law(fit.law).axes == axes):
             return fit, get_law(fit.law), draws_of(report, fit)
     named = law or f"law of {' and '.join(AXIS_LETTER[a] for a in axes)}"
-    status = next((f.status for f in report.main if f.law == law), "it was not asked for")
+    status = next((f" ({f.status})" for f in report.main if f.law == law), "")
     known = ", ".join(dict.fromkeys(fit.law for fit in fits)) or "none"
-    raise SpecError(f"{report.source}: no fitted {named} ({status}); fitted here: {known}")
+    raise SpecError(f"{report.source}: no fitted {named}{status}; laws that can be asked here: {known}")
 
 
 def predict_loss(fit: ScalingFit, drawn: Draws, **at: float) -> Forecast:

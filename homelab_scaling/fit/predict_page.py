@@ -120,7 +120,7 @@ def _table(title: str, *columns: str, left: int = 1) -> "Table":
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         last = index == len(columns) - 1
-        table.add_column(column, justify="left" if index < left or last else "right", no_wrap=True)
+        table.add_column(column, justify="left" if index < left or last else "right", overflow="fold")
     return table
 
 

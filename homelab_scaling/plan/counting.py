@@ -86,3 +86,28 @@ def flops_per_token(
 def flops_6nd_per_token(n_params: int) -> float:
     """Kaplan's 6N, for comparison with published budgets."""
     return 6.0 * n_params
+
+
+def flops_chinchilla_appendix_f(
+    *,
+    n_layer: int,
+    d_model: int,
+    d_ff: int,
+    n_head: int,
+    d_head: int,
+    context_tokens: int,
+    n_vocab: int | None = None,
+) -> float:
+    """Training FLOPs per token as Hoffmann et al. count them: the full attention square, its softmax, backward 2 x.
+
+    Args:
+        n_vocab: counts the embedding and the final logits as dense products, as the text says; None leaves both out,
+            which is how the ratios of their table A4 come out.
+
+    Source: Hoffmann et al. 2022 appendix F; tests/plan/test_counting.py reproduces table A4.
+    """
+    d, t, inner = d_model, context_tokens, n_head * d_head
+    attention = 2 * 3 * d * inner + 2 * t * inner + 3 * n_head * t + 2 * t * inner + 2 * inner * d
+    dense = 2 * (d * d_ff + d_ff * d)
+    ends = 0 if n_vocab is None else 2 * (2 * n_vocab * d)
+    return 3.0 * (n_layer * (attention + dense) + ends)
