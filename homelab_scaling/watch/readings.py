@@ -72,3 +72,18 @@ class Sample:
 
     def card(self, uuid: str) -> CardReading | None:
         return next((c for c in self.cards if c.uuid == uuid), None)
+
+
+CLOCK_REASONS: dict[int, str] = {
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+"""NVML's clock-event bits in words. A power cap is normal for a card at its limit; the thermal ones and the brake are
+not."""
