@@ -18,7 +18,7 @@ from homelab_scaling.fit.resample import clusters
 from homelab_scaling.fit.result import Estimate
 from homelab_scaling.fit.slices import Table, levels
 from homelab_scaling.fit.solve import Optimum, refit
-from homelab_scaling.fit.words import brief, listed, short
+from homelab_scaling.fit.words import brief, short
 from homelab_scaling.runs import LossPoint
 
 Rows = NDArray[np.int64]
@@ -189,12 +189,12 @@ def mixed_counts(points: Sequence[LossPoint]) -> str | None:
     if none:
         return (
             f"n_params of {none[0]}{_more(none)} is no sum of its parts, as it is in {some[0]} "
-            f"({listed(sorted(kinds[some[0]]))}): one count for all rows, or the exponent is that of the mixture"
+            f"({_either(kinds[some[0]])}): one count for all rows, or the exponent is that of the mixture"
         )
     first = some[0]
     other = next(name for name in some if not kinds[name] & kinds[first])
     return (
-        f"n_params counts {listed(sorted(kinds[first]))} in {first} and {listed(sorted(kinds[other]))} in {other}: "
+        f"n_params counts {_either(kinds[first])} in {first} and {_either(kinds[other])} in {other}: "
         "bring all rows to one count; mixed counts alone can move a by .1"
     )
 
@@ -202,12 +202,12 @@ def mixed_counts(points: Sequence[LossPoint]) -> str | None:
 def _counted(point: LossPoint) -> set[str]:
     """Which sums of parts give n_params."""
     body, head, embed, pos = (float(v or 0) for v in (point.n_body, point.n_head, point.n_embed, point.n_pos))
-    sums = {"the body": body}
+    sums = {"body": body}
     if point.n_head is not None:
-        sums["body and head"] = body + head
+        sums["body + head"] = body + head
     if point.n_embed is not None:
-        sums["body and embeddings"] = body + pos + embed
-        sums["body, embeddings and head"] = body + pos + embed + head
+        sums["body + embeddings"] = body + pos + embed
+        sums["body + embeddings + head"] = body + pos + embed + head
     return {what for what, total in sums.items() if abs(point.n_params / total - 1) < SAME_COUNT}
 
 
@@ -239,8 +239,8 @@ def unfinished(points: Sequence[LossPoint]) -> str | None:
     unsaid = [name for name, p in zip(names, points, strict=True) if p.decayed is None]
     if unsaid and any(p.decayed for p in points):
         return (
-            f"{len(unsaid)} rows ({unsaid[0]}{_more(unsaid)}) do not say whether their learning rate had decayed, "
-            "while others had: an undecayed loss is several percent high, so fill in the column decayed"
+            f"{len(unsaid)} of {len(points)} rows ({unsaid[0]}{_more(unsaid)}) do not tell whether their learning rate "
+            "had decayed, as the others do: an undecayed loss is several percent high, so fill in the column decayed"
         )
     return None
 
@@ -253,8 +253,8 @@ def repeated(points: Sequence[LossPoint]) -> str | None:
     if not many:
         return None
     return (
-        f"{len(many)} rows saw their text more than {MANY_EPOCHS:.0f} times (up to {brief(epochs[many[0]])}, "
-        f"{many[0]}): such tokens are worth less and less, so a law in D bends; add text, leave those rows out, or "
+        f"{len(many)} of {len(points)} rows saw their text more than {MANY_EPOCHS:.0f} times (up to "
+        f"{brief(epochs[many[0]])}, {many[0]}): such tokens are worth less and less, so a law in D bends; add text, leave those rows out, or "
         "use a law of repeated data"
     )
 
@@ -293,6 +293,10 @@ def double_descent(points: Sequence[LossPoint]) -> str | None:
 
 def _names(points: Sequence[LossPoint]) -> list[str]:
     return [p.row_id or f"point {i + 1}" for i, p in enumerate(points)]
+
+
+def _either(kinds: set[str]) -> str:
+    return " or ".join(sorted(kinds))
 
 
 def _more(names: Sequence[str]) -> str:

@@ -181,7 +181,7 @@ def _isoflop_road(bench: _Bench) -> _Road:
     found = isoflop.growth(good, flops=bench.flops)
     used = [v.budget for v in good]
     notes.insert(0, f"{len(used)} budgets of {sum(len(b.rows) for b in used)} rows")
-    notes += [w for v in good if (w := _too_wide(v, columns["n_params"]))]
+    notes += _too_wide(good, columns["n_params"])
     own = isoflop.bias(bench.surface.law, bench.surface.values, used, columns, flops=bench.flops)
     if own is not None:
         notes.append(_own_bias(own, bench))
@@ -191,15 +191,15 @@ def _isoflop_road(bench: _Bench) -> _Road:
     return _Road(name="2", growth=found, notes=tuple(notes), without_interval=without)
 
 
-def _too_wide(vertex: isoflop.Vertex, n_params: Array) -> str | None:
-    logs = np.log(n_params[vertex.budget.rows]) - vertex.log_n[0]
-    reach = float(np.exp(np.abs(logs).max()))
-    if reach <= isoflop.WIDE:
-        return None
-    return (
-        f"C = {short_flops(vertex.budget.flops)} reaches sizes a factor of {brief(reach)} from its best one, where "
-        f"losses are no parabola; keep within {isoflop.WIDE:.0f}"
-    )
+def _too_wide(vertices: Sequence[isoflop.Vertex], n_params: Array) -> list[str]:
+    reach = [float(np.exp(np.abs(np.log(n_params[v.budget.rows]) - v.log_n[0]).max())) for v in vertices]
+    wide = [r for r in reach if r > isoflop.WIDE]
+    if not wide:
+        return []
+    return [
+        f"{len(wide)} of {len(reach)} budgets reach sizes up to a factor of {brief(max(wide))} from their best one, "
+        f"where losses are no parabola: keep within {isoflop.WIDE:.0f}"
+    ]
 
 
 def _own_bias(one: isoflop.Bias, bench: _Bench) -> str:
