@@ -254,8 +254,8 @@ def repeated(points: Sequence[LossPoint]) -> str | None:
         return None
     return (
         f"{len(many)} of {len(points)} rows saw their text more than {MANY_EPOCHS:.0f} times (up to "
-        f"{brief(epochs[many[0]])}, {many[0]}): such tokens are worth less and less, so a law in D bends; add text, leave those rows out, or "
-        "use a law of repeated data"
+        f"{brief(epochs[many[0]])}, {many[0]}): such tokens are worth less and less, so a law in D bends; add text, "
+        "leave those rows out, or use a law of repeated data"
     )
 
 
