@@ -70,7 +70,11 @@ def answer(view: LabView) -> list[Block]:
     facts = _facts(view, sized)
     if facts:
         blocks.append(Facts(items=tuple(facts)))
-    findings = [text for text in (_order(view), _joint_law(view), _compute_law(view), _how_sure(view, sized)) if text]
+    findings = [
+        text
+        for text in (_order(view), _joint_law(view), _chosen_law(view), _compute_law(view), _how_sure(view, sized))
+        if text
+    ]
     if findings:
         blocks.append(Bullets(items=tuple(findings)))
     return blocks
@@ -166,6 +170,19 @@ def _joint_law(view: LabView) -> str | None:
     else:
         text += ". How a growing budget should be split between size and data cannot be read off these points"
     return text + "."
+
+
+def _chosen_law(view: LabView) -> str | None:
+    """The law that hold-out prefers, where it is not the free one."""
+    joint, evidence = view.study.joint, view.fit.evidence if view.fit else None
+    if joint is None or evidence is None or evidence.chosen_law != joint.law.name or joint.law.name == "chinchilla":
+        return None
+    a = joint.fit.derived["a"]
+    split = "" if a.value is None else f"; by it N ∝ C^{brief(a.value)}{in_brackets(a)}"
+    errors = [f"{100 * one.rms_frac:.2f} %" for one in evidence.holdouts if one.law == joint.law.name and one.rms_frac]
+    missed = f" (off by {listed(errors)} of the loss)" if errors else ""
+    title = joint.law.title
+    return f"Of the laws of size and data, {title} predicts what was held out best{missed}{split}. It is used below."
 
 
 def _compute_law(view: LabView) -> str | None:

@@ -221,10 +221,10 @@ def predictions(view: LabView) -> list[Block]:
     if view.fit is None:
         return []
     blocks: list[Block] = []
-    joint = main_fit(view.fit, "chinchilla")
+    joint = view.study.joint
     sized = main_fit(view.fit, "power-n")
-    if joint is not None and view.fit.draws.get(joint.draws_file or ""):
-        blocks = [_loss_table(view.fit, joint), _split_table(view.fit, joint)]
+    if joint is not None:
+        blocks = [_loss_table(view.fit, joint.fit), _split_table(view.fit, joint.fit)]
     elif sized is not None and view.fit.draws.get(sized.draws_file or ""):
         blocks = [_loss_table(view.fit, sized)]
     return [Heading(text="Predictions"), *blocks] if blocks else []
@@ -255,7 +255,7 @@ def _loss_table(report: FitReport, fit: ScalingFit) -> Grid:
         head=("N", "D", "loss", "95 % interval", "range"),
         rows=tuple(rows),
         left=frozenset({"range"}),
-        caption=f"Loss in nats per token by {get_law(fit.law).formula}, on this text with this recipe. The interval is "
+        caption=f"Loss in nats per token by {get_law(fit.law).title}, on this text with this recipe. The interval is "
         f"that of the law.{scatter} Outside the range the law is assumed to go on unchanged.",
     )
 
@@ -279,7 +279,8 @@ def _split_table(report: FitReport, fit: ScalingFit) -> Grid:
         head=("C = 6 N D", "best N", "95 %", "best D", "95 % ", "loss", "range"),
         rows=tuple(rows),
         left=frozenset({"range"}),
-        caption="The split of a budget that L(N, D) prefers, counting 6 N D FLOPs. The range says how far the budget, "
+        caption=f"The split of a budget that {get_law(fit.law).title} prefers, counting 6 N D FLOPs. The range says how far "
+        "the budget, "
         "the best N or the best D, whichever is worst, lies outside what was measured.",
     )
 

@@ -9,6 +9,7 @@ from homelab_scaling import codec
 from homelab_scaling.fit.card import FitCard, fit_card, write_card
 from homelab_scaling.fit.catalogue import CATALOGUE, as_report
 from homelab_scaling.fit.fit import fit_points
+from homelab_scaling.fit.points import points_csv
 from homelab_scaling.runs import Excluded, LossPoint
 
 
@@ -85,6 +86,14 @@ def test_undecided_schedules_are_not_claimed_finished():
     sure = fit_points(points(decayed=True), laws=("power-n",), n_bootstrap=0)
     assert "each after a finished decay" in answers(fit_card(sure))["Which measurements are points?"].answer
     assert answers(fit_card(replace(sure, seed=7)))["How were intervals made?"].answer is None
+
+
+def test_homelab_fit_writes_the_card_beside_the_fit(tmp_path, homelab):
+    table = tmp_path / "points.csv"
+    table.write_text(points_csv(points()))
+    said = homelab("fit", table, "--law", "power-n", "--bootstrap", "0", "--out", tmp_path / "fit")
+    assert said.code == 0
+    assert codec.read_json(tmp_path / "fit" / "fit_card.json", FitCard).source == "points.csv"
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))

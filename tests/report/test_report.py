@@ -2,10 +2,12 @@
 
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.fit.card import FitCard, fit_card, read_training
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.points import read_points
+from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
 from homelab_scaling.fit.result import load_fit, save_fit
 from homelab_scaling.report import fit_plots, tensorboard
 from homelab_scaling.report.collect import collect
@@ -27,6 +30,7 @@ from homelab_scaling.report.story import tell
 from homelab_scaling.report.style import DARK, LIGHT, nice_ticks, ordered_colours, spread, themed
 from homelab_scaling.report.tensorboard import png_size
 from homelab_scaling.report.words import duration, money
+from homelab_scaling.runs import LossPoint
 
 NAMES = {kind.draw.__name__ for kind in FIGURES} - {"on_the_law"}  # a finished lab has nothing to check
 
@@ -156,6 +160,48 @@ def test_evidence_stands_side_by_side(full):
     joint = report.get("chinchilla")
     check = joint.cross_checks["beta"]
     assert f"| [{check.delta95[0]:.4g}, {check.delta95[1]:.4g}] |" in text
+
+
+def test_the_law_that_hold_out_chose_predicts(full):
+    text = (full / "report" / "report.md").read_text()
+    view = collect(full)
+    joint = view.study.joint
+    assert joint is not None and joint.law.name == view.fit.evidence.chosen_law != "chinchilla"
+    assert f"{joint.law.title} predicts what was held out best" in text
+    n = max(run.n_params for run in view.runs)
+    one = predict_loss(joint.fit, joint.draws, n_params=2 * n, n_tokens=max(row.n_tokens for row in view.rows))
+    low, high = one.ci95
+    assert f"| {one.loss_nats:.3f} | [{low:.3f}, {high:.3f}] | x 2 outside |" in section(text, "Predictions")
+
+
+def test_isoflop_rows_are_drawn_as_they_were_measured(tmp_path):
+    rng = np.random.default_rng(0)
+    points = [
+        LossPoint(
+            n_params=n,
+            n_tokens=c / 6 / n,
+            loss_nats=(1.8 + 480 * n**-0.35 + 2100 * (c / 6 / n) ** -0.37) * math.exp(0.002 * rng.normal()),
+            row_id=f"{n:.0f}-{c:.0e}",
+            flops=c,
+        )
+        for c in (1e16, 1e17, 1e18)
+        for n in np.geomspace(0.2, 5, 7) * (c / 1e16) ** 0.5 * 1.2e7
+    ]
+    report = fit_points(points, laws=("chinchilla",), n_bootstrap=0)
+    view = replace(collect(tmp_path), fit=report)
+    with themed(LIGHT) as plt:
+        axes = fit_plots.isoflop_curves(plt, view, LIGHT).axes[0]
+        dots = [line for line in axes.lines if line.get_marker() == "o" and line.get_linestyle() == "None"]
+        stars = [line for line in axes.lines if line.get_marker() == "*"]
+        assert sorted(len(line.get_xdata()) for line in dots) == [7, 7, 7]
+        assert sorted(y for line in dots for y in line.get_ydata()) == pytest.approx(
+            sorted(p.loss_nats for p in points)
+        )
+        best = [float(line.get_xdata()[0]) for line in stars]
+        for n, c in zip(best, (1e16, 1e17, 1e18), strict=True):
+            split = predict_split(report.get("chinchilla"), draws_of(report, report.get("chinchilla")), c)
+            assert n == pytest.approx(split.n_params.value, rel=0.05)
+        assert "measured" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 def test_the_predictions_drawn_are_those_that_were_judged(full):
