@@ -17,6 +17,8 @@ from homelab_scaling.fit.models import Array, Model
 from homelab_scaling.fit.objectives import Objective, ObjectiveName
 
 GRADIENT_DONE = 1e-11
+GRADIENT_CLOSE = 1e-8
+"""Enough for one of many: steps are quadratic by then, and further ones only move rounding noise (gap 1e-14)."""
 GRADIENT_CERTIFIED = 1e-6
 RESIDUAL_FLOOR = 1e-13
 SAME_BASIN = 1e-6
@@ -52,6 +54,7 @@ def minimise(
     objective: Objective,
     bounds: tuple[Array, Array],
     max_steps: int = 200,
+    done: float = GRADIENT_DONE,
 ) -> Minima:
     """A local minimum from each start.
 
@@ -60,8 +63,9 @@ def minimise(
         weights: multiplicity of each point, (n,) or (R, n); integers for a bootstrap.
         starts: (R, P).
         bounds: lowest and highest theta, (P,) or (R, P) each; equal ones hold a parameter.
+        done: scaled gradient at which a member stops.
     """
-    batch = _Batch(model, objective, y=y, weights=weights, starts=starts, bounds=bounds)
+    batch = _Batch(model, objective, y=y, weights=weights, starts=starts, bounds=bounds, done=done)
     active = np.arange(len(starts))
     size = max(1, CACHED // model.n_points)
     taken = 0
@@ -85,9 +89,10 @@ class _Batch:
         weights: Array,
         starts: Array,
         bounds: tuple[Array, Array],
+        done: float,
     ) -> None:
         n_batch = len(starts)
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.done = model, objective, done
         self.y = np.broadcast_to(y, (n_batch, model.n_points))
         self.weights = np.broadcast_to(weights, (n_batch, model.n_points))
         self.low, self.high = (np.broadcast_to(b, starts.shape) for b in bounds)
@@ -131,7 +136,7 @@ class _Batch:
                 theta[better], value[better] = trial[better], trial_value[better]
                 f[better], state[:, better] = trial_f[better], trial_state[:, better]
             self.theta[members], self.value[members] = theta, value
-            going = (norm > GRADIENT_DONE) & (damping < 1e14)
+            going = (norm > self.done) & (damping < 1e14)
             if not going.all():
                 members, exact, y, weights = members[going], exact[going], y[going], weights[going]
                 low, high, theta, value = low[going], high[going], theta[going], value[going]
@@ -216,7 +221,9 @@ def solve(
     objective = Objective(kind="l2" if name.kind == "l2" else "huber", delta=deltas[0])
     # Wide published grids are mostly outside the bounds: brought inside, three of four starts are the same.
     distinct, times = np.unique(np.clip(starts, *bounds), axis=0, return_counts=True)
-    coarse = minimise(model, y, weights, distinct, objective=objective, bounds=bounds, max_steps=COARSE_STEPS)
+    coarse = minimise(
+        model, y, weights, distinct, objective=objective, bounds=bounds, max_steps=COARSE_STEPS, done=GRADIENT_CLOSE
+    )
     best = np.argsort(coarse.value, kind="stable")[:n_polish]
     found = minimise(model, y, weights, coarse.theta[best], objective=objective, bounds=bounds, max_steps=POLISH_STEPS)
     reached = np.concatenate([coarse.value, found.value]).min()
@@ -279,7 +286,7 @@ def refit(
         theta = np.repeat(start[None], n_batch, axis=0)
         for delta in deltas:
             objective = Objective(kind=optimum.objective.kind, delta=delta)
-            found = minimise(model, y, weights, theta, objective=objective, bounds=bounds)
+            found = minimise(model, y, weights, theta, objective=objective, bounds=bounds, done=GRADIENT_CLOSE)
             theta = found.theta
         if best is None:
             best = found
