@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from homelab_scaling import codec
+from homelab_scaling.fit import select
 from homelab_scaling.fit.evidence import gather
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.isoflop import best_split
@@ -56,15 +57,19 @@ def isoflop(n_sizes=7, **more):
     return points
 
 
-def evidence_of(points, **more):
+def evidence_of(points, *, held_out=False, **more):
+    """The evidence; without the hold-out, which has tests of its own, unless asked for."""
     settings = {"name": parse_objective("adaptive"), "n_draws": 300, **more}
-    return gather(points, tabulate(tuple(points)), **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if not held_out:
+            patch.setattr(select, "hold_outs", lambda *_args, **_more: [])
+        return gather(points, tabulate(tuple(points)), **settings)
 
 
 @pytest.fixture(scope="module")
 def plain():
     """Evidence of five budgets of seven sizes."""
-    return evidence_of(isoflop())
+    return evidence_of(isoflop(), held_out=True)
 
 
 def by_name(evidence):
@@ -93,6 +98,9 @@ def test_isoflop_table_gives_approaches_2_and_3_that_agree(plain):
     assert pairs["3-free", "3-tied"].a_difference.se == pytest.approx(roads["3-free"].a.se, rel=1e-9)
     assert pairs["2", "3-tied"].a_difference.se == pytest.approx(roads["2"].a.se, rel=1e-9)
     assert found.budget_flops == pytest.approx(1e21, rel=1e-6)
+    assert {h.along for h in found.holdouts} == {"n_params", "flops"}
+    assert found.chosen_law in {h.law for h in found.holdouts}
+    assert any(note.startswith(f"{found.chosen_law} predicts held-out rows best") for note in found.notes)
     assert any("pairs bootstrap over 35 runs within 5 budgets" in note for note in found.notes)
 
 
@@ -211,7 +219,7 @@ def test_the_report_holds_the_evidence_and_fits_the_chosen_law(tmp_path):
 
 def test_evidence_repeats_with_its_seed():
     points = rows([1e7, 3e7, 9e7], lambda n: [1e9, 3e9, 9e9, 27e9])
-    one, same, other = (evidence_of(points, seed=seed, n_draws=120) for seed in (3, 3, 4))
+    one, same, other = (evidence_of(points, seed=seed, n_draws=120, held_out=True) for seed in (3, 3, 4))
     assert one == same
     assert one.approaches != other.approaches
     assert one.holdouts == other.holdouts

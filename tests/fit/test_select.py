@@ -76,17 +76,17 @@ def test_all_laws_are_judged_on_the_same_windows():
 
 
 def test_tied_wins_where_tied_is_true_and_not_where_exponents_differ():
-    """Six noisy worlds each: with alpha = beta = .34 the tied law predicts better in most, with .6 and .2 in none."""
+    """Five noisy worlds each: with alpha = beta = .34 the tied law predicts better in most, with .6 and .2 in none."""
     laws = [LAWS["chinchilla"], LAWS["chinchilla-tied"]]
     wins = {}
     for alpha, beta in ((0.34, 0.34), (0.6, 0.2)):
         chosen = []
-        for seed in range(6):
-            columns, losses = world(alpha, beta, seed=seed, sizes=6)
+        for seed in range(5):
+            columns, losses = world(alpha, beta, seed=seed, sizes=6, horizons=4)
             law, _errors = choose(hold_outs(laws, columns, losses, name=L2))
             chosen.append(law)
         wins[alpha] = chosen.count("chinchilla-tied")
-    assert wins[0.34] >= 5
+    assert wins[0.34] >= 4
     assert wins[0.6] == 0
 
 
