@@ -67,6 +67,7 @@ def main(args: Args) -> int:
         count=args.count,
         source=table.source,
         notes=table.notes,
+        with_evidence=True,
     )
     folder = args.out or (args.source / "fit" if args.source.is_dir() else None)
     written = save_fit(report, folder) if folder else None

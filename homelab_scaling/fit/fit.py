@@ -46,8 +46,8 @@ def fit_points(
         n_bootstrap: resamples per fit; 0 gives no intervals.
         seed: of the resamples.
         count: which parameters N counts.
-        with_evidence: whether to set other approaches, held-out rows and other counts beside the fits; by default when
-            all laws are fitted. The law that hold-out chose is then fitted too, should it be one with a pinned E.
+        with_evidence: whether to set other approaches, held-out rows and other counts beside a law of N and D; by
+            default only when all laws are fitted. Then the law that hold-out chose is fitted too, pinned or not.
 
     Raises:
         SpecError: an unknown law or objective, or a negative number of resamples.
@@ -83,10 +83,10 @@ def fit_points(
     for law in chosen:
         fit_slices(law)
     evidence: Evidence | None = None
-    if with_evidence or (with_evidence is None and not laws):
+    if (with_evidence is None and not laws) or (with_evidence and any(law.splits for law in chosen)):
         evidence = gather(points, table, name=name, asked=chosen, n_draws=n_bootstrap, seed=seed)
-        if evidence and evidence.chosen_law and evidence.chosen_law not in {law.name for law in chosen}:
-            fit_slices(get_law(evidence.chosen_law))
+    if evidence and evidence.chosen_law and not laws and evidence.chosen_law not in {law.name for law in chosen}:
+        fit_slices(get_law(evidence.chosen_law))
     said = [*notes]
     if any("flops" in law.axes for law in chosen):
         said.append(f"C is {table.flops_from}")

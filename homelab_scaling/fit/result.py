@@ -60,7 +60,7 @@ class HoldOut:
     along: Literal["n_params", "flops"]
     windows: tuple[HoldOutWindow, ...]
     rms_frac: float | None
-    """Over all windows; None where there is none."""
+    """Root mean square over the windows, each counted once; None where there is none."""
     why_not: str | None = None
 
 
@@ -113,7 +113,7 @@ class Evidence:
     disagreements: tuple[Disagreement, ...]
     holdouts: tuple[HoldOut, ...]
     chosen_law: str | None
-    """Lowest hold-out error among free, tied and pinned; None where nothing could be held out."""
+    """Lowest hold-out error over N and C among free, tied, pinned and Kaplan's; None where nothing was held out."""
     counts: tuple[CountRow, ...]
     notes: tuple[str, ...] = ()
 
