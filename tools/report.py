@@ -17,9 +17,9 @@ class Args:
 
     lab: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LAB")]
     """A lab's folder: LAB/LADDER."""
-    check: tuple[str, ...] | None = None
+    check: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[RUN ...]")] = None
     """Write nothing; say of each unfinished run, or of the runs named, whether it is on the law and since when not."""
-    against: str | None = None
+    against: Annotated[str | None, tyro.conf.arg(metavar="FIT")] = None
     """With --check: the lab, fit or published law to check against; the lab's own fit when not given."""
     json: bool = False
     """Print the paths (or the checks) as one JSON document."""

@@ -221,7 +221,7 @@ def exponents(plt: Any, view: LabView, theme: Theme) -> Any:
         text.set(fontweight="bold" if bold else "normal", color=theme.text, fontsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("a, with the best size growing as N ∝ C^a")
+    axes.set_xlabel(r"a, with the best size growing as $N \propto C^a$")
     axes.set_title("How a growing budget should be split, by every road")
     return figure
 
@@ -257,8 +257,10 @@ def _whisker(axes: Any, y: float, e: Estimate, colour: Any, theme: Theme) -> Non
         )
     else:
         text = "no number" if e.ci95 is None else "not pinned down"
-        at = 0.5 if e.ci95 is None else (e.ci95[0] + e.ci95[1]) / 2
-        axes.annotate(text, (at, y), ha="center", va="center", fontsize=8.5, color=theme.faint)
+        at = 0.02 if e.ci95 is None else e.ci95[0]
+        shift = (0, 0) if e.ci95 is None else (0, 8)
+        style = {"ha": "left", "va": "center", "fontsize": 8.5, "color": theme.faint}
+        axes.annotate(text, (at, y), xytext=shift, textcoords="offset points", **style)
 
 
 def _published_lines(axes: Any, theme: Theme) -> None:

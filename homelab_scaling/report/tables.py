@@ -279,9 +279,8 @@ def _split_table(report: FitReport, fit: ScalingFit) -> Grid:
         head=("C = 6 N D", "best N", "95 %", "best D", "95 % ", "loss", "range"),
         rows=tuple(rows),
         left=frozenset({"range"}),
-        caption=f"The split of a budget that {get_law(fit.law).title} prefers, counting 6 N D FLOPs. The range says how far "
-        "the budget, "
-        "the best N or the best D, whichever is worst, lies outside what was measured.",
+        caption=f"The split of a budget that {get_law(fit.law).title} prefers, counting 6 N D FLOPs. The range says "
+        "how far the budget, the best N or the best D, whichever is worst, lies outside what was measured.",
     )
 
 
