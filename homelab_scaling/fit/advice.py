@@ -7,7 +7,7 @@ import numpy as np
 from homelab_scaling.errors import SpecError
 from homelab_scaling.fit import allocate
 from homelab_scaling.fit.allocate import Terms, Worth
-from homelab_scaling.fit.family import ShapeFamily, best_real_shape, optimal_shape
+from homelab_scaling.fit.family import OutsideFamily, ShapeFamily, best_real_shape, optimal_shape
 from homelab_scaling.fit.laws import Law, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.predict import Range, Split, estimate, predict_split, reach
@@ -117,7 +117,8 @@ def predict_budget(
     """A budget by the law, by 20 tokens per parameter, and over real shapes.
 
     Raises:
-        SpecError: not a law of N and D, or no shape of the family fits the budget.
+        SpecError: not a law of N and D.
+        OutsideFamily: no shape of the family fits the budget.
     """
     law = get_law(fit.law)
     fitted = predict_split(fit, drawn, flops, budgets=budgets)
@@ -144,10 +145,13 @@ def predict_shape(
     """N_opt and D_opt where C is the exact FLOP count of a shape, and the real shape nearest to it in loss.
 
     Raises:
-        SpecError: not a law of N and D, or the optimum lies outside the family.
+        SpecError: not a law of N and D.
+        OutsideFamily: the optimum lies outside the family.
     """
     law = get_law(fit.law)
     point = optimal_shape(law, drawn.point, flops, family)
+    if not family.holds(float(point.n_params)):
+        raise OutsideFamily(f"the best size for {flops:.3g} FLOPs is outside the {family.words}")
     drawn_all = optimal_shape(law, drawn.values, flops, family)
     shape, d_real, loss_real = best_real_shape(law, drawn.point, flops, family)
     far = reach(

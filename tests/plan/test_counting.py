@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homelab_scaling.plan.counting import count_params, flops_6nd_per_token, flops_per_token, matmul_params, pad_vocab
+from homelab_scaling.plan.counting import (
+    count_params,
+    flops_6nd_per_token,
+    flops_chinchilla_appendix_f,
+    flops_per_token,
+    matmul_params,
+    pad_vocab,
+)
 from homelab_scaling.plan.ladder import read_ladder, shipped_ladders
 from homelab_scaling.plan.peaks import box_with
 from homelab_scaling.specs import ModelShape
@@ -66,6 +73,34 @@ def test_chinchilla_shapes_give_their_reported_sizes(shared_data: Path) -> None:
         shape = _shape(row["n_layers"], row["d_model"])
         ours = matmul_params(shape, 32_000) + row["n_layers"] * row["d_model"] ** 2
         assert ours == pytest.approx(row["params_reported"], rel=0.02), row
+
+
+TABLE_A4 = {73e6: 1.03, 305e6: 1.10, 552e6: 1.08, 1.1e9: 1.04, 1.6e9: 1.03, 6.8e9: 0.99}
+"""Hoffmann et al. 2022: parameters -> their FLOPs over 6 N D."""
+
+
+def test_appendix_f_gives_the_ratios_of_table_a4(shared_data: Path) -> None:
+    """Without embedding and final logits; with both, small models come out far above 6 N D."""
+    with open(shared_data / "chinchilla_table_a9_models.csv", encoding="utf-8") as file:
+        models = [{k: int(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    found = []
+    for wanted, ratio in TABLE_A4.items():
+        row = min(models, key=lambda m: abs(m["params_reported"] - wanted))
+        assert row["params_reported"] == pytest.approx(wanted, rel=0.04)
+        shape = {
+            "n_layer": row["n_layers"],
+            "d_model": row["d_model"],
+            "d_ff": row["ffw_size"],
+            "n_head": row["n_heads"],
+            "d_head": row["kv_size"],
+            "context_tokens": 2048,
+        }
+        counted = matmul_params(_shape(row["n_layers"], row["d_model"]), 32_000) + row["n_layers"] * row["d_model"] ** 2
+        assert counted == pytest.approx(row["params_reported"], rel=0.02)
+        ours = flops_chinchilla_appendix_f(**shape) / flops_6nd_per_token(counted)
+        assert ours == pytest.approx(ratio, abs=0.0051), "the table prints two decimals"
+        found.append(flops_chinchilla_appendix_f(**shape, n_vocab=32_000) / flops_6nd_per_token(counted))
+    assert found == pytest.approx([1.58, 1.32, 1.23, 1.14, 1.12, 1.03], abs=0.0051), "with embedding and logits"
 
 
 def _real_size(shape: ModelShape, n_vocab: int) -> int:
