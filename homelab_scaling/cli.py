@@ -105,6 +105,8 @@ def _one_sentence(boxed: str, prog: str) -> str:
     """tyro's boxed complaint, without the box."""
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).strip() for line in boxed.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰", "+-"))]
+    if not boxed.lstrip().startswith(("╭", "+-")):  # where stdout is ASCII the title stands in a frame of blanks
+        lines = lines[2:]
     parts: list[list[str]] = [[]]
     for line in lines:
         if set(line) <= {"─", "-"}:
