@@ -38,7 +38,7 @@ def serve_optimum(terms: Terms, left: Array, inference_tokens: float, weight: fl
     Args:
         weight: cost of a serving FLOP over that of a training FLOP; 1 counts FLOPs.
 
-    Source: Sardana et al. 2023 eq. 3 (min 6 N D + 2 N T at equal loss).
+    Source: Sardana et al. 2023 (min 6 N D + 2 N T at equal loss).
     """
     log_a, log_b, alpha, beta = terms
     reachable = left > 0
