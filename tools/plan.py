@@ -3,11 +3,16 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from homelab_scaling import cli, codec
+
+if TYPE_CHECKING:
+    from homelab_scaling.ladder import Ladder
+    from homelab_scaling.plan.parts import Plan
+    from homelab_scaling.plan.simulate import Planner, Simulation
 
 TABLE_COLUMNS = 100
 """Narrower, the tables would break their numbers."""
@@ -29,8 +34,16 @@ class Args:
     """Power of the whole machine under load, for kWh and money; else the cards' rated power."""
     write: bool = False
     """Write LAB/LADDER/plan.json."""
+    simulate: Annotated[str | None, tyro.conf.arg(metavar="LAW")] = None
+    """Say what this ladder would find if LAW were true: a published law such as hoffmann-2022, a fit or a lab."""
+    worlds: int = 200
+    """Simulated experiments behind each expected interval."""
+    noise: tuple[float, float] = (0.003, 0.001)
+    """Relative noise of a loss: shared within a run (seed, data order), and of each row alone."""
+    target: tuple[str, ...] = ()
+    """What else to expect an interval of: d-opt:N, n-opt:C or loss:N,D; d-opt:1e9 when not given."""
     json: bool = False
-    """Print the plan as one JSON document."""
+    """Print the plan as one JSON document; with --simulate it has a key `simulation`."""
 
 
 def main(args: Args) -> int:
@@ -38,31 +51,57 @@ def main(args: Args) -> int:
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
     from homelab_scaling.plan.machine import machine_for
     from homelab_scaling.plan.show import plan_page
+    from homelab_scaling.plan.simulation_page import simulation_page
 
     ladder, path = read_ladder(args.ladder)
     shards = shards_folder(ladder, path, args.lab)
-    plan = plan_ladder(
-        ladder,
-        find_corpus(ladder, shards),
-        machine_for(args.card, args.gpus),
-        shards="../../shards" if ladder.data.shards is None else str(shards),
-        measured=measured_rates([args.lab / ladder.name]),
-        watts=args.watts,
-        folder=path.parent,
-    )
+    corpus = find_corpus(ladder, shards)
+    box = machine_for(args.card, args.gpus)
+    measured = measured_rates([args.lab / ladder.name])
+
+    def planner(one: "Ladder") -> "Plan":
+        return plan_ladder(
+            one,
+            corpus,
+            box,
+            shards="../../shards" if ladder.data.shards is None else str(shards),
+            measured=measured,
+            watts=args.watts,
+            folder=path.parent,
+        )
+
+    plan = planner(ladder)
+    simulation = _simulation(args, ladder, planner)
     if args.write:
         target = args.lab / ladder.name / "plan.json"
         codec.write_json(target, plan)
         print(f"written: {target}", file=sys.stderr)
     if args.json:
-        print(codec.dumps(plan))
+        print(codec.dumps(codec.to_plain(plan) | ({"simulation": codec.to_plain(simulation)} if simulation else {})))
         return 0
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=False, width=max(TABLE_COLUMNS, Console().width))
-    for part in plan_page(plan):
+    for part in [*plan_page(plan), *(simulation_page(simulation) if simulation else [])]:
         console.print(part)
     return 0
+
+
+def _simulation(args: Args, ladder: "Ladder", planner: "Planner") -> "Simulation | None":
+    if args.simulate is None:
+        return None
+    from homelab_scaling.fit.worlds import Noise
+    from homelab_scaling.plan.simulate import open_truth, simulate
+
+    run_sd, row_sd = args.noise
+    return simulate(
+        ladder,
+        planner,
+        open_truth(args.simulate),
+        noise=Noise(run_sd=run_sd, row_sd=row_sd),
+        n_worlds=args.worlds,
+        targets=args.target,
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.allocate import best_loss
 from homelab_scaling.fit.arms import (
     MIN_DRAWS,
     NO_INTERVAL,
@@ -27,7 +28,6 @@ from homelab_scaling.fit.arms import (
 from homelab_scaling.fit.laws import Law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.result import Estimate
-from homelab_scaling.fit.targets import frontier_loss
 from homelab_scaling.fit.words import number
 
 REACH = 46.0
@@ -147,13 +147,13 @@ def compute_multiplier(law_a: Law, a: Array, law_b: Law, b: Array, flops: float)
     Args:
         a, b: natural parameters of each arm (..., P).
     """
-    wanted = frontier_loss(law_b, b, flops)
+    wanted = best_loss(law_b, b, flops)
     shape = np.broadcast_shapes(wanted.shape, a.shape[:-1])
     low, high = np.full(shape, -REACH), np.full(shape, REACH)
-    never = frontier_loss(law_a, a, flops * np.exp(REACH)) > wanted
+    never = best_loss(law_a, a, flops * np.exp(REACH)) > wanted
     for _ in range(60):
         middle = (low + high) / 2
-        short_of = frontier_loss(law_a, a, flops * np.exp(middle)) > wanted
+        short_of = best_loss(law_a, a, flops * np.exp(middle)) > wanted
         low, high = np.where(short_of, middle, low), np.where(short_of, high, middle)
     return np.where(never, np.inf, np.exp((low + high) / 2))
 
@@ -173,8 +173,8 @@ def _multiplier(pair: _Pair, flops: float) -> Multiplier:
 
 def _at_budget(pair: _Pair, flops: float, shared: _Pair | None, reached: float) -> AtBudget:
     a, b = pair.a, pair.b
-    points = [float(frontier_loss(s.law, s.point, flops)) for s in (a, b)]
-    draws = [frontier_loss(s.law, s.values, flops) for s in (a, b)]
+    points = [float(best_loss(s.law, s.point, flops)) for s in (a, b)]
+    draws = [best_loss(s.law, s.values, flops) for s in (a, b)]
     return AtBudget(
         flops=flops,
         loss_a=Estimate(value=points[0], ci95=interval95(draws[0])),

@@ -2,7 +2,7 @@
 
 Each is a function of a law's natural parameters, so it can be drawn, differentiated and simulated. C = 6 N D here.
 
-Legend:  N parameters, D training tokens, C training FLOPs; A, B, alpha, beta of the terms that fall with N and with D
+Legend:  N parameters, D training tokens, C training FLOPs
 """
 
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.allocate import Terms, loss_at, split_budget, tokens_for
 from homelab_scaling.fit.laws import Law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.words import short
@@ -21,34 +22,6 @@ SIZES = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 EXAMPLES = (
     "d-opt:1e9 (tokens for a model of 1e9), n-opt:1e18 (size for a budget), loss:1e9,2e10 (N, D), a, alpha, beta, E"
 )
-MAX_LOG = 300.0
-
-
-def best_split(law: Law, values: Array, flops: Array | float) -> tuple[Array, Array]:
-    """N and D of the lowest loss at 6 N D = flops, from natural parameters (..., parameter).
-
-    Source: Hoffmann et al. 2022 eq. 4, with G = (alpha A / (beta B))^(1 / (alpha + beta)).
-    """
-    a, b, alpha, beta = law.split_terms(values)
-    log_c = np.log(np.asarray(flops, dtype=np.float64) / 6)
-    with np.errstate(divide="ignore"):
-        log_n = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta) + beta / (alpha + beta) * log_c
-    log_n = np.clip(log_n, -MAX_LOG, MAX_LOG)
-    return np.exp(log_n), np.exp(np.clip(log_c - log_n, -MAX_LOG, MAX_LOG))
-
-
-def best_tokens(law: Law, values: Array, n_params: Array | float) -> Array:
-    """D for which N is the best size: both terms of the loss gain as much from the next FLOP."""
-    a, b, alpha, beta = law.split_terms(values)
-    with np.errstate(divide="ignore"):
-        log_d = (np.log(beta * b) - np.log(alpha * a) + alpha * np.log(n_params)) / beta
-    return np.exp(np.clip(log_d, -MAX_LOG, MAX_LOG))
-
-
-def frontier_loss(law: Law, values: Array, flops: Array | float) -> Array:
-    """The lowest loss that 6 N D = flops buys."""
-    n, d = best_split(law, values, flops)
-    return law.loss(values, {"n_params": n, "n_tokens": d})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,17 +65,18 @@ def parse_target(text: str, law: Law) -> Target:
             unit="tokens",
             in_log=True,
             n_params=n,
-            of=lambda w, v: best_tokens(w, v, n),
+            of=lambda w, v: tokens_for(Terms.of(w, v), n),
         )
     if form == "n-opt":
         (c,) = _numbers(text, rest, 1)
         words = f"N_opt at C = {c:.3g}"
-        return Target(name=text, words=words, unit="parameters", in_log=True, of=lambda w, v: best_split(w, v, c)[0])
+        return Target(
+            name=text, words=words, unit="parameters", in_log=True, of=lambda w, v: split_budget(Terms.of(w, v), c)[0]
+        )
     if form == "loss":
         n, d = _numbers(text, rest, 2)
-        at: dict[str, Array | float] = {"n_params": n, "n_tokens": d}
         words = f"loss at N = {short(n)}, D = {short(d)}"
-        return Target(name=text, words=words, unit="nats", in_log=True, n_params=n, of=lambda w, v: w.loss(v, at))
+        return Target(name=text, words=words, unit="nats", in_log=True, n_params=n, of=lambda w, v: loss_at(w, v, n, d))
     if colon or not (kind in law.names or kind == "exponent" or (kind in ("a", "b") and law.splits)):
         raise SpecError(f"--target {text}: {law.name} has no such quantity; choose for example {EXAMPLES}")
     if kind in law.fixed:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.allocate import Terms, split_budget
 from homelab_scaling.fit.laws import Law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.runs import LossPoint
@@ -76,8 +77,7 @@ def isoflop_design(
     """Independent runs on isoFLOP curves (C = 6 N D), `n_sizes` from 1 / width to width times the law's own N_opt."""
     found = []
     for c in budgets:
-        a, b, alpha, beta = (float(x) for x in law.split_terms(values))
-        best = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (c / 6) ** (beta / (alpha + beta))
+        best = float(split_budget(Terms.of(law, values), c)[0])
         for n in best * np.geomspace(1 / width, width, n_sizes):
             found += [
                 Design(n_params=float(n), n_tokens=float(c / 6 / n), run=f"{c:.3g}-{n:.4g}-s{s}", seed=s) for s in seeds
@@ -86,10 +86,12 @@ def isoflop_design(
 
 
 def columns_of(design: Sequence[Design]) -> dict[str, Array]:
-    """The design as the columns that laws take."""
+    """The design as the columns that laws take; every token is new."""
+    tokens = np.array([row.n_tokens for row in design], dtype=np.float64)
     return {
         "n_params": np.array([row.n_params for row in design], dtype=np.float64),
-        "n_tokens": np.array([row.n_tokens for row in design], dtype=np.float64),
+        "n_tokens": tokens,
+        "n_tokens_unique": tokens,
         "flops": np.array([row.compute for row in design], dtype=np.float64),
     }
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.allocate import loss_at
 from homelab_scaling.fit.laws import Law, Posed
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import parse_objective
@@ -113,13 +114,14 @@ class Tangent:
 
     def of_run(self, n_params: float, horizons: Sequence[float]) -> Information:
         """What one further run with these rows adds."""
-        j = self.jacobian({"n_params": np.full(len(horizons), n_params), "n_tokens": np.array(horizons)})
+        j = self.jacobian(np.full(len(horizons), float(n_params)), np.array(horizons, dtype=np.float64))
         return information(j, np.zeros(len(j), dtype=np.int64))
 
-    def jacobian(self, columns: dict[str, Array]) -> Array:
-        """d log L / d theta (n, P) at these rows."""
+    def jacobian(self, n_params: Array, n_tokens: Array) -> Array:
+        """d log L / d theta (n, P) of rows of new tokens."""
         return _slopes(
-            lambda theta: np.log(self.law.loss(self.posed.natural(theta)[:, None, :], dict(columns))), self.theta
+            lambda theta: np.log(loss_at(self.law, self.posed.natural(theta)[:, None, :], n_params, n_tokens)),
+            self.theta,
         )
 
     def slope(self, target: Target) -> Array:

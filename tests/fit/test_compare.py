@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from homelab_scaling.errors import DataError, SpecError
+from homelab_scaling.fit.allocate import best_loss
 from homelab_scaling.fit.arms import Arm, check_comparable, match_runs, open_arm, shared_multipliers, shared_offset
 from homelab_scaling.fit.compare import compare, compute_multiplier
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.points import points_csv
 from homelab_scaling.fit.result import save_fit
-from homelab_scaling.fit.targets import frontier_loss
 from homelab_scaling.fit.worlds import Noise, as_points, columns_of, ladder_design, noise_of
 
 LAW = get_law("chinchilla")
@@ -84,9 +84,9 @@ def test_multiplier_and_probability_are_those_of_the_truth():
 def test_the_multiplier_inverts_the_frontier_and_is_the_closed_form():
     flops = 1e18
     m = float(compute_multiplier(LAW, TRUTH, LAW, STEEPER, flops))
-    wanted = float(frontier_loss(LAW, STEEPER, flops))
-    assert float(frontier_loss(LAW, TRUTH, m * flops)) == pytest.approx(wanted, rel=1e-12)
-    l_1, e, g = float(frontier_loss(LAW, TRUTH, flops)), 1.7, 0.35 * 0.37 / 0.72
+    wanted = float(best_loss(LAW, STEEPER, flops))
+    assert float(best_loss(LAW, TRUTH, m * flops)) == pytest.approx(wanted, rel=1e-12)
+    l_1, e, g = float(best_loss(LAW, TRUTH, flops)), 1.7, 0.35 * 0.37 / 0.72
     assert m == pytest.approx(((l_1 - e) / (wanted - e)) ** (1 / g), rel=1e-9)
     floor = np.array([1.9, 60.0, 900.0, 0.35, 0.37])
     assert np.isinf(compute_multiplier(LAW, floor, LAW, STEEPER, 1e24)), "a higher floor is never left"
@@ -202,7 +202,7 @@ def test_bits_per_byte_compare_across_tokenizers():
     )
     found = compare(again, in_bytes, bpb=True, n_draws=0)
     assert exponent(found).value == pytest.approx(0, abs=1e-12)
-    assert found.budgets[0].loss_a.value == pytest.approx(0.3 * float(frontier_loss(LAW, TRUTH, 1.8e17)), rel=0.02)
+    assert found.budgets[0].loss_a.value == pytest.approx(0.3 * float(best_loss(LAW, TRUTH, 1.8e17)), rel=0.02)
 
 
 def test_too_few_rows_and_bad_budgets_are_refused():
