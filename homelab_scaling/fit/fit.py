@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homelab_scaling.errors import DataError, SpecError
-from homelab_scaling.fit import checks, diagnose
+from homelab_scaling.fit import checks, diagnose, repeated, underdetermined
 from homelab_scaling.fit.crosscheck import cross_checks
 from homelab_scaling.fit.evidence import gather
 from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Law, Posed, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import ObjectiveName, parse_objective
 from homelab_scaling.fit.points import Count, apply_count
+from homelab_scaling.fit.repeated import REPEATED, RepeatedLaw
 from homelab_scaling.fit.resample import FEW_RUNS, Resamples, budget_strata, clusters, resample
 from homelab_scaling.fit.result import Draws, Estimate, Evidence, FitReport, ScalingFit, draws_name
 from homelab_scaling.fit.slices import Slice, Table, slices_for, tabulate
@@ -60,7 +61,7 @@ def fit_points(
     if len(points) < 2:
         raise DataError(f"{source}: {len(points)} points; a law needs at least three, so finish more rungs")
     table = tabulate(apply_count(tuple(points), count))
-    chosen = chosen or [law for law in LAWS.values() if set(law.axes) <= set(table.columns)]
+    chosen = chosen or _laws_for(table)
     fits: list[ScalingFit] = []
     draws: dict[str, Draws] = {}
 
@@ -109,6 +110,15 @@ def fit_points(
     return report
 
 
+def _laws_for(table: Table) -> list[Law]:
+    """All laws whose columns are there; that of repeated data where some row repeats its tokens."""
+    found = [law for law in LAWS.values() if set(law.axes) <= set(table.columns)]
+    unique = table.columns.get("n_tokens_unique")
+    if unique is not None and (table.columns["n_tokens"] > unique).any():
+        found.append(REPEATED)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Problem:
     """One law on one set of rows, ready for the engine."""
@@ -143,11 +153,14 @@ def fit_law(
     rng: np.random.Generator,
 ) -> tuple[ScalingFit, Draws | None]:
     """One law on one set of rows, and its draws; no draws where the rows cannot carry the law."""
+    if isinstance(law, RepeatedLaw):
+        return _fit_repeated(law, table, rows, excluded=excluded, name=name, n_bootstrap=n_bootstrap, rng=rng)
     outside = np.setdiff1d(np.arange(len(table.losses)), rows.rows)
     left_out = (*excluded, *(Excluded(row_id=table.names[i], reason=rows.outside) for i in outside))
     fault = diagnose.too_few(law, table, rows.rows)
     if fault is not None:
-        return _not_fitted(law, name, rows, left_out=left_out, table=table, fault=fault), None
+        poor = _not_fitted(law, name, rows, left_out=left_out, table=table, fault=fault)
+        return _with_ranges(poor, law, table, rows) if n_bootstrap else (poor, None)
     problem = _pose(law, table, rows)
     n_runs = int(problem.runs.max()) + 1
     resolved = name
@@ -180,6 +193,63 @@ def fit_law(
         checks.influence(law, posed, table, rows.rows, optimum=optimum, name=resolved, derived=reported.derived),
     )
     return replace(reported, warnings=reported.warnings + tuple(s for s in said if s)), drawn
+
+
+def _fit_repeated(
+    law: RepeatedLaw,
+    table: Table,
+    rows: Slice,
+    *,
+    excluded: Sequence[Excluded],
+    name: ObjectiveName,
+    n_bootstrap: int,
+    rng: np.random.Generator,
+) -> tuple[ScalingFit, Draws | None]:
+    """`fit_law` for the law of repeated data, whose base law is given or fitted before it."""
+    fault = repeated.why_not(law, table, rows.rows)
+    if fault is not None:
+        return _not_fitted(law, name, rows, left_out=tuple(excluded), table=table, fault=fault), None
+    n_runs = len({table.run_ids[i] for i in rows.rows})
+    resolved = parse_objective("l2-log") if name.kind == "adaptive" and n_runs < FEW_RUNS else name
+    done = repeated.fit_repeated(law, table, rows.rows, name=resolved, n_draws=n_bootstrap, rng=rng)
+    optimum, losses = done.optimum, table.losses[rows.rows]
+    drawn = Draws(names=law.names, point=done.posed.natural(optimum.theta), values=done.draws)
+    estimates = {p: estimate(float(drawn.point[i]), drawn.values[:, i]) for i, p in enumerate(law.names)}
+    if law.base is not None:
+        estimates |= {p: Estimate(value=value) for p, value in law.pinned}
+    unpinned = repeated.unpinned(done, estimates)
+    residuals = np.log(losses) - done.posed.model.value(optimum.theta[None])[0][0]
+    n_fitted = len(law.free) + (0 if law.base is not None else len(repeated.BASE))
+    crossed = repeated.cross_checks(done, table, rows.rows, estimates)
+    at_point, at_draws = law.derived(drawn.point), law.derived(drawn.values)
+    return (
+        ScalingFit(
+            law=law.name,
+            objective=_resolved_name(name, optimum),
+            n_points=len(losses),
+            excluded=tuple(excluded),
+            parameters={p: _hide(e) if p in unpinned else e for p, e in estimates.items()},
+            derived={q: estimate(float(v), at_draws[q]) for q, v in at_point.items()},
+            objective_value=optimum.value,
+            gradient_norm=optimum.gradient,
+            starts_in_basin=optimum.starts_in_basin,
+            status=_status(optimum),
+            warnings=(
+                *repeated.cautions(done, unpinned, np.log(losses)),
+                *(c.disagreement for c in crossed.values() if c.disagreement),
+            ),
+            draws_file=None,
+            rows=repeated.rows_in_words(done, rows.words),
+            n_runs=n_runs,
+            n_starts=optimum.n_starts,
+            interval=done.method,
+            unpinned=unpinned,
+            ranges={a: (float(v.min()), float(v.max())) for a in law.axes for v in (table.columns[a][rows.rows],)},
+            cross_checks=crossed,
+            sigma_log=float(np.sqrt((residuals**2).sum() / max(1, len(losses) - n_fitted))),
+        ),
+        drawn,
+    )
 
 
 def _report_fit(
@@ -327,6 +397,26 @@ def _no_slice(law: Law, name: ObjectiveName, table: Table, excluded: Sequence[Ex
     fault = f"no {what}, which {law.title} needs; L(N, D) uses all rows, or add horizons equal for all rungs"
     nothing = Slice(rows=np.arange(0), words="none", outside=f"no {what}")
     return _not_fitted(law, name, nothing, left_out=tuple(excluded), table=table, fault=fault)
+
+
+def _with_ranges(poor: ScalingFit, law: Law, table: Table, rows: Slice) -> tuple[ScalingFit, Draws | None]:
+    """The same refusal with intervals: what the points leave open, where they are too few to choose within it."""
+    if not law.splits or len(rows.rows) < 3:
+        return poor, None
+    problem = _pose(law, table, rows)
+    drawn = underdetermined.compatible_laws(law, problem.posed, problem.losses)
+    if drawn is None:
+        return poor, None
+    parameters, derived = underdetermined.ranges(law, drawn)
+    found = replace(
+        poor,
+        parameters=parameters,
+        derived=derived,
+        interval=underdetermined.words(len(problem.losses), drawn),
+        unpinned=dict.fromkeys((*parameters, *derived), next(iter(poor.unpinned.values()))),
+        ranges={axis: (float(v.min()), float(v.max())) for axis, v in problem.columns.items()},
+    )
+    return found, drawn
 
 
 def _not_fitted(

@@ -71,7 +71,7 @@ def draws_of(report: FitReport, fit: ScalingFit) -> Draws:
         SpecError: the fit has none, because it was not fitted or its draws file is gone.
     """
     drawn = report.draws.get(fit.draws_file or "")
-    if drawn is None:
+    if drawn is None or not fit.is_fitted:
         raise SpecError(f"{fit.law}: no draws to predict from ({fit.status}); run `homelab fit` again")
     return drawn
 

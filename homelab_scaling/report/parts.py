@@ -58,6 +58,6 @@ def log_log(axes: Any, reach: tuple[float, float], losses: Any, extra: Sequence[
 
 
 def drawn_of(report: FitReport | None, fit: ScalingFit | None) -> Draws | None:
-    if report is None or fit is None:
+    if report is None or fit is None or not fit.is_fitted:
         return None
     return report.draws.get(fit.draws_file or "")

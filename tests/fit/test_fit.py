@@ -125,8 +125,8 @@ def test_too_few_points_name_the_parameters_instead_of_digits():
     points = ladder(chinchilla, sizes=(10**5, 10**6, 10**7), horizons=(10**7,))
     fit = fit_points(points, laws=["chinchilla"], n_bootstrap=50).get("chinchilla")
     assert fit.status.startswith("not fitted: 3 points for 5 parameters (E, A, B, alpha and beta)")
-    assert all(p.value is None and p.ci95 is None for p in fit.parameters.values())
-    assert set(fit.unpinned) == {"E", "A", "B", "alpha", "beta"}
+    assert all(p.value is None and p.se is None for p in fit.parameters.values())
+    assert set(fit.unpinned) >= {"E", "A", "B", "alpha", "beta"}
     assert fit.objective_value is None
 
 

@@ -272,7 +272,9 @@ def test_three_isoflop_points_claim_nothing(synthetic):
         synthetic.run(rung)
     report = fit_lab(synthetic.lab)
     for fit in report.fits:
-        assert all(e.value is None and e.ci95 is None for e in (*fit.parameters.values(), *fit.derived.values()))
+        assert all(e.value is None for e in fit.parameters.values())
+    low, high = report.get("chinchilla").derived["a"].ci95
+    assert high - low > 0.7
     text = told(synthetic.lab)
     assert "3 points for 5 parameters (E, A, B, alpha and beta)" in section(text, "Evidence")
     assert "Every exponent a from 0 to 1 is compatible with them" in section(text, "Evidence")
