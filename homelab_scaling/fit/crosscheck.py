@@ -171,11 +171,11 @@ def cross_checks(
             level = float(np.exp(theta))
             delta = (max(0.0, level * (1 - half)), level * (1 + half))
             ends = tuple(None if end is None else float(np.exp(end)) for end in ends)  # type: ignore[assignment]
-        found[p.name] = _compare(p.name, estimates[p.name], ends, delta)
+        found[p.name] = compare_roads(p.name, estimates[p.name], ends, delta)
     if "a" in estimates and law.splits and not law.tied and not set(law.exponents) & set(skip):
         half = around.student * _share_se(law, posed, optimum.theta, around)
         a = float(law.derived(posed.natural(optimum.theta))["a"])
-        found["a"] = _compare("a", estimates["a"], None, (a - half, a + half))
+        found["a"] = compare_roads("a", estimates["a"], None, (a - half, a + half))
     return found
 
 
@@ -188,12 +188,13 @@ def _share_se(law: Law, posed: Posed, theta: Array, around: Spread) -> float:
     return float(np.sqrt(slope @ around.covariance @ slope))
 
 
-def _compare(
+def compare_roads(
     name: str,
     one: Estimate,
     ends: tuple[float | None, float | None] | None,
     delta: tuple[float, float],
 ) -> CrossCheck:
+    """Three intervals of one quantity, and a sentence where they do not tell the same story."""
     roads = {"bootstrap": one.ci95, "delta method": delta}
     if ends is not None and ends[0] is not None and ends[1] is not None:
         roads["profile"] = (ends[0], ends[1])

@@ -373,16 +373,21 @@ LAWS: dict[str, Law] = {
 
 
 def get_law(name: str) -> Law:
-    """The law of this name; `chinchilla:E=1.7,alpha=0.34` pins parameters of one.
+    """The law of this name; `chinchilla:E=1.7,alpha=0.34` pins parameters, `repeated:base=NAME` names the base law.
 
     Raises:
         SpecError: no such law or parameter, or a value it cannot have.
     """
     base, colon, pins = name.partition(":")
+    if base == "repeated":  # it stands on the chinchilla law, so its module imports this one
+        from homelab_scaling.fit.repeated import repeated_law
+
+        return repeated_law(pins)
     if base not in LAWS:
-        raise SpecError(f"no law {name!r}; choose among {', '.join(LAWS)}, each with :NAME=VALUE to pin a parameter")
+        known = ", ".join((*LAWS, "repeated"))
+        raise SpecError(f"no law {name!r}; choose among {known}, each with :NAME=VALUE to pin a parameter")
     law = LAWS[base]
-    return pin(law, _parse_pins(law, name, pins)) if colon else law
+    return pin(law, parse_pins(law, name, pins)) if colon else law
 
 
 def pin(law: Law, values: dict[str, float]) -> Law:
@@ -410,7 +415,12 @@ def pin(law: Law, values: dict[str, float]) -> Law:
     return done
 
 
-def _parse_pins(law: Law, name: str, pins: str) -> dict[str, float]:
+def parse_pins(law: Law, name: str, pins: str) -> dict[str, float]:
+    """`alpha=0.34,E=1.7` as numbers.
+
+    Raises:
+        SpecError: not of that form.
+    """
     values = {}
     for part in pins.split(","):
         key, equals, text = part.partition("=")

@@ -44,6 +44,15 @@ class Minima:
     gradient: Array
     """(R,) largest |gradient| over its sum of absolute contributions: 0 is perfect balance, 1 none at all."""
 
+    def better(self, other: "Minima") -> "Minima":
+        """The lower of the two, member by member."""
+        take = other.value < self.value
+        return Minima(
+            theta=np.where(take[:, None], other.theta, self.theta),
+            value=np.where(take, other.value, self.value),
+            gradient=np.where(take, other.gradient, self.gradient),
+        )
+
 
 def minimise(
     model: Model,
@@ -288,14 +297,6 @@ def refit(
             objective = Objective(kind=optimum.objective.kind, delta=delta)
             found = minimise(model, y, weights, theta, objective=objective, bounds=bounds, done=GRADIENT_CLOSE)
             theta = found.theta
-        if best is None:
-            best = found
-        else:
-            take = found.value < best.value
-            best = Minima(
-                theta=np.where(take[:, None], found.theta, best.theta),
-                value=np.where(take, found.value, best.value),
-                gradient=np.where(take, found.gradient, best.gradient),
-            )
+        best = found if best is None else best.better(found)
     assert best is not None
     return best
