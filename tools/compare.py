@@ -100,7 +100,7 @@ def _parameters(differences: "tuple[Difference, ...]") -> "Table":
     table = _table(None, "", "A", "B", "B against A", "95 % interval")
     for one in differences:
         mark = "x " if one.scale == "ratio" else ""
-        name = {"exponent": "of L - E in C"}.get(one.name, one.name)
+        name = {"exponent": "exponent of L(C)"}.get(one.name, one.name)
         table.add_row(
             name, _value(one.a), _value(one.b), mark + _change(one), _between(one.change.ci95, one.scale == "ratio")
         )
