@@ -166,7 +166,7 @@ def cross_checks(
         ends = profile(posed, optimum, y, index, around)
         half = around.student * float(np.sqrt(around.covariance[index, index]))
         theta = float(optimum.theta[index])
-        delta: tuple[float, float] = (theta - half, theta + half)
+        delta: tuple[float, float] = (max(0.0, theta - half), theta + half)
         if p.kind == "offset":  # theta is log E
             level = float(np.exp(theta))
             delta = (max(0.0, level * (1 - half)), level * (1 + half))

@@ -34,6 +34,13 @@ def too_few(law: Law, table: Table, rows: Rows) -> str | None:
             f"{n_points} points for {n_params} parameters ({named}): nothing is left over to tell them apart; "
             f"measure at least {n_params + 1} points, better {POINTS_PER_PARAMETER * n_params}"
         )
+    places = len(set(zip(*(np.round(np.log(table.columns[axis][rows]), 2) for axis in law.axes), strict=True)))
+    if places < n_params:
+        letters = listed([AXIS_LETTER[axis] for axis in law.axes])
+        return (
+            f"{n_points} points at {places} different ({letters}) for {n_params} parameters ({named}): "
+            f"repeats show the noise, not the law; measure at {n_params} or more"
+        )
     for axis, exponent in zip(law.axes, law.exponents, strict=True):
         found = len(levels(table.columns[axis][rows]))
         if found < law.levels_needed:

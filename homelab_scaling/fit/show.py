@@ -50,6 +50,9 @@ def _laws(report: FitReport) -> "Table":
     for fit in report.main:
         quantities = dict(fit.parameters)
         quantities |= {name: one for name, one in fit.derived.items() if name in ("a", "b", "r2_log")}
+        if not any(one.value is not None or one.ci95 for one in quantities.values()):
+            table.add_row(fit.law, "not fitted")  # its sentence stands below
+            continue
         margin = [fit.law, f"  {fit.n_points} of {report.n_points} rows", f"  {fit.rows.split(':')[0]}"]
         for index, (name, one) in enumerate(quantities.items()):
             value = "not pinned" if one.value is None else number(one.value)
@@ -109,21 +112,22 @@ def _evidence(evidence: Evidence) -> Iterator["Table | str"]:
             yield f"  ! {pair.first} and {pair.second} disagree on a: {apart}"
     if any(one.windows for one in evidence.holdouts):
         yield "\nFitted to the smaller, judged on the larger: error of the predicted loss"
-        table = _new_table("law", "along", "windows>", "RMS>", "bias>")
+        table = _new_table("law", "along", "windows>", "RMS>", "bias>", "")
         for one in evidence.holdouts:
             if one.rms_frac is not None:
                 bias = sum(w.bias_frac * w.n_test for w in one.windows) / sum(w.n_test for w in one.windows)
-                mark = "  <- chosen" if one.law == evidence.chosen_law and one.along == "n_params" else ""
+                mark = "chosen" if one.law == evidence.chosen_law and one.along == "n_params" else ""
                 table.add_row(
                     one.law,
                     ALONG[one.along],
                     str(len(one.windows)),
                     f"{100 * one.rms_frac:.2f} %",
-                    f"{100 * bias:+.2f} %{mark}",
+                    f"{100 * bias:+.2f} %",
+                    mark,
                 )
         yield table
     if any(row.why_not is None for row in evidence.counts):
-        yield "\nThe same rows under three parameter counts (C = 6 N D of that count)"
+        yield "\nThe same rows under three parameter counts (C = 6 N D of each; intervals from shared resamples)"
         table = _new_table("N counts", "a>", "95 %", "L(N) exponent>", "95 % ")
         for row in evidence.counts:
             table.add_row(row.count, _value(row.a), _interval(row.a), _value(row.alpha), _interval(row.alpha))

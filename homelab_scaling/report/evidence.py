@@ -149,7 +149,7 @@ def _counts(found: Evidence) -> list[Block]:
             rows=rows if told else tuple(row[:-1] for row in rows),
             left=frozenset({"N counts", "note"}),
             caption="The same rows under three counts of N, each with C = 6 N D of its own count. Exponents of studies "
-            "that count differently do not compare.",
+            "that count differently do not compare. Intervals come from the resamples that the approaches share.",
         )
     ]
 
