@@ -7,6 +7,7 @@ A verb is a module of `homelab_scaling.tools` with a docstring (`homelab --help`
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import io
@@ -129,17 +130,28 @@ def run_verb(verb: str, argv: list[str]) -> int:
         if verb not in files:
             raise UserError(f"no such verb; {_closest(verb, list(files))}")
         module: Any = importlib.import_module(f"{TOOLS}.{files[verb].stem}")
+        flags, command = _split_command(module.Args, argv)
         try:
-            args = parse(module.Args, argv, prog, module.__doc__)
+            args = parse(module.Args, flags, prog, module.__doc__)
         except SystemExit:  # --help was asked for and given
             return 0
-        return int(module.main(args))
+        return int(module.main(dataclasses.replace(args, command=command) if command else args))
     except HomelabError as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _split_command(kind: Any, argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The verb's own words, and those after `--` for a verb whose Args have a field `command` to run."""
+    if "--" not in argv or "command" not in {f.name for f in dataclasses.fields(kind)}:
+        return argv, ()
+    at = argv.index("--")
+    if not argv[at + 1 :]:
+        raise UserError("nothing stands after `--`; put the command to run there")
+    return argv[:at], tuple(argv[at + 1 :])
 
 
 def _closest(word: str, known: list[str]) -> str:

@@ -215,22 +215,29 @@ def dumps(obj: Any) -> str:
     return json.dumps(to_plain(obj), indent=1, allow_nan=False, ensure_ascii=False)
 
 
-def write_json(path: Path, obj: Any) -> None:
+def write_json(path: Path, obj: Any, *, durable: bool = True) -> None:
     """Replaces `path` atomically with the JSON of `obj`."""
-    write_text(path, dumps(obj) + "\n")
+    write_text(path, dumps(obj) + "\n", durable=durable)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` atomically: temporary file beside it, fsync, rename, fsync of the folder."""
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replaces `path` atomically: temporary file beside it, fsync, rename, fsync of the folder.
+
+    Args:
+        durable: False leaves both fsyncs out: for what is worth nothing after a power cut and must not wait for a disk
+            that is busy with a checkpoint.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # its folder may be what could not be made
             temporary.unlink()

@@ -218,8 +218,7 @@ def lab_of(folder: RunFolder) -> Path:
 def only_watchdog(folder: MachineFolder) -> Iterator[bool]:
     """True while this process is the machine's watchdog, False where another one is; the kernel frees it if we die."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    path = folder.lock if os.environ.get(MACHINE_VARIABLE) else _pointer()
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(lock_path(folder), "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -230,6 +229,11 @@ def only_watchdog(folder: MachineFolder) -> Iterator[bool]:
         file.write(str(folder.path.resolve()))
         file.flush()
         yield True
+
+
+def lock_path(folder: MachineFolder) -> Path:
+    """What the watchdog of this machine holds while it lives."""
+    return folder.lock if os.environ.get(MACHINE_VARIABLE) else _pointer()
 
 
 def _pointer() -> Path:
