@@ -113,8 +113,7 @@ def fit_points(
 def _laws_for(table: Table) -> list[Law]:
     """All laws whose columns are there; that of repeated data where some row repeats its tokens."""
     found = [law for law in LAWS.values() if set(law.axes) <= set(table.columns)]
-    unique = table.columns.get("n_tokens_unique")
-    if unique is not None and (table.columns["n_tokens"] > unique).any():
+    if "n_tokens_unique" in table.columns and repeated.repeats_of(table.columns).any():
         found.append(REPEATED)
     return found
 

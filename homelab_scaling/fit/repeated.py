@@ -37,6 +37,8 @@ N_POLISH = 256
 """Losses of repeated data have several minima along the ridge between R_D and R_N: many starts are followed down."""
 BASE_STARTS = 1024
 MIN_REPEATED = 3
+ROUNDING = 1e-6
+"""Published token counts are fractions, counts of different tokens whole."""
 RIVAL = 0.01
 """Another minimum that is worse by less than this share is worth a word."""
 NO_EFFECT = 1e-9
@@ -257,9 +259,14 @@ def why_not(law: RepeatedLaw, table: Table, rows: NDArray[np.int64]) -> str | No
     )
 
 
+def repeats_of(columns: dict[str, Array]) -> Array:
+    """How often tokens are seen again, D/U - 1; 0 where U is D but for rounding, or was never used up."""
+    found = columns["n_tokens"] / columns["n_tokens_unique"] - 1
+    return np.where(found > ROUNDING, found, 0.0)
+
+
 def _repeats(table: Table, rows: NDArray[np.int64]) -> Array:
-    d = table.columns["n_tokens"][rows]
-    return np.asarray(d / np.minimum(table.columns["n_tokens_unique"][rows], d) - 1)
+    return repeats_of({name: table.columns[name][rows] for name in ("n_tokens", "n_tokens_unique")})
 
 
 def fit_repeated(
