@@ -49,6 +49,8 @@ class CardReading:
     energy_j: float | None = None
     """Counter since the watchdog started: resets and driver reloads taken out. Integrated where there is no counter."""
     energy_from: Literal["counter", "integrated"] | None = None
+    energy_gap_s: float | None = None
+    """Seconds since the start that `energy_j` does not cover (gaps of over 5 s, and unknown ones around a reset)."""
     vram_used_bytes: int | None = None
     vram_reserved_bytes: int | None = None
     sm_clock_mhz: float | None = None
