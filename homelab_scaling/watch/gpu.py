@@ -140,7 +140,7 @@ class _Watched:
         self.lost: str | None = None
         """Why it must not be asked any more."""
         self._quantities = quantities
-        self._meter = EnergyMeter(has_counter=facts.has_energy_counter)
+        self._meter = EnergyMeter()
 
     def read(self, now_s: float, interval_s: float) -> CardReading:
         if self.lost is None:

@@ -19,13 +19,12 @@ QUICK_POLLS_TO_RECOVER = 24
 class EnergyMeter:
     """Joules since the first reading: a counter's steps without its resets, or the trapezoid of power."""
 
-    def __init__(self, *, has_counter: bool) -> None:
-        self.has_counter = has_counter
-        self.gap_s = 0.0
-        """Seconds that the total does not cover."""
+    def __init__(self) -> None:
         self._total_j: float | None = None
-        self._bridged_j = 0.0  # since the counter last answered: replaced by its step when it answers again
-        self._bridge_gap_s = 0.0
+        self._gap_s = 0.0
+        self._bridged_j = 0.0  # by power since the counter last answered: its step replaces this when it answers again
+        self._unbridged_s = 0.0
+        self._covered_s: float | None = None  # up to when the total is known
         self._counter: tuple[float, float] | None = None  # time, joules
         self._power: tuple[float, float] | None = None  # time, watts
         self._last_s: float | None = None
@@ -35,52 +34,66 @@ class EnergyMeter:
         """None before anything was measured."""
         return None if self._total_j is None else self._total_j + self._bridged_j
 
+    @property
+    def gap_s(self) -> float:
+        """Seconds that the total does not cover."""
+        open_s = self._last_s - self._covered_s if self._last_s is not None and self._covered_s is not None else 0.0
+        return self._gap_s + self._unbridged_s + open_s
+
     def add(
         self, now_s: float, *, counter_j: float | None, power_w: float | None, longest_gap_s: float = LONGEST_GAP_S
     ) -> None:
         """Takes one reading; what it lacks is None."""
-        if self._last_s is not None and now_s <= self._last_s:  # the clock was set back: the next step is whole again
-            self._last_s, self._power = now_s, None if power_w is None else (now_s, power_w)
-            self._counter = self._counter and (now_s, self._counter[1])
+        if self._last_s is not None and now_s <= self._last_s:
+            self._clock_was_set_back(now_s, power_w)
             return
         bridge_j = self._trapezoid(now_s, power_w, longest_gap_s)
-        dt_s = 0.0 if self._last_s is None else now_s - self._last_s
+        self._last_s = now_s
         if counter_j is not None:
             self._step(now_s, counter_j, bridge_j)
-        elif bridge_j is not None or (power_w is not None and self._total_j is None):
-            self._total_j = self._total_j or 0.0
-            self._bridged_j += bridge_j or 0.0
-        elif self._total_j is not None:
-            self._bridge_gap_s += dt_s
-            self.gap_s += dt_s
+        elif power_w is None:
+            return  # the gap stays open
+        elif self._total_j is None or self._covered_s is None:
+            self._total_j = 0.0
+        elif bridge_j is None:
+            self._unbridged_s += now_s - self._covered_s
+        else:
+            self._bridged_j += bridge_j
+        self._covered_s = now_s
+
+    def _clock_was_set_back(self, now_s: float, power_w: float | None) -> None:
         self._last_s = now_s
+        self._covered_s = None if self._covered_s is None else now_s
+        self._power = None if power_w is None else (now_s, power_w)
+        self._counter = None if self._counter is None else (now_s, self._counter[1])
 
     def _trapezoid(self, now_s: float, power_w: float | None, longest_gap_s: float) -> float | None:
-        before, self._power = self._power, None if power_w is None else (now_s, power_w)
-        if before is None or power_w is None or now_s - before[0] > longest_gap_s:
+        """Joules since the total was last known, if power tells them."""
+        if power_w is None:
+            return None
+        before, self._power = self._power, (now_s, power_w)
+        if before is None or before[0] != self._covered_s or now_s - before[0] > longest_gap_s:
             return None
         return (before[1] + power_w) / 2 * (now_s - before[0])
 
     def _step(self, now_s: float, counter_j: float, bridge_j: float | None) -> None:
+        """Joules since the counter last answered: its own step, or power where it was set back or jumped."""
         before, self._counter = self._counter, (now_s, counter_j)
-        if before is None:
-            self._total_j = (self._total_j or 0.0) + self._bridged_j
-            self._bridged_j = self._bridge_gap_s = 0.0
-            return
-        dt_s, step_j = now_s - before[0], counter_j - before[1]
-        bridged_j = self._bridged_j + (bridge_j or 0.0)
-        if 0 <= step_j <= MOST_WATTS * dt_s:
-            self.gap_s -= self._bridge_gap_s  # the counter ran on while it was silent
-            # what was already said is not taken back
-            step_j = max(step_j, self._bridged_j)
-        elif step_j < 0 and bridge_j is None and counter_j <= MOST_WATTS * dt_s:
-            self.gap_s += dt_s - self._bridge_gap_s
-            step_j = max(counter_j, self._bridged_j)  # set back to 0 meanwhile: what came before that is not known
-        else:  # set back, or a jump that no card could draw
-            self.gap_s += dt_s - self._bridge_gap_s if bridge_j is None else 0.0
-            step_j = bridged_j
-        self._total_j = (self._total_j or 0.0) + step_j
-        self._bridged_j = self._bridge_gap_s = 0.0
+        dt_s, step_j = (0.0, 0.0) if before is None else (now_s - before[0], counter_j - before[1])
+        unknown_s = self._unbridged_s
+        if bridge_j is None and self._covered_s is not None:
+            unknown_s += now_s - self._covered_s
+        if before is not None and 0 <= step_j <= MOST_WATTS * dt_s:
+            joules, unknown_s = max(step_j, self._bridged_j), 0.0  # what was already said is not taken back
+        elif bridge_j is not None:
+            joules = self._bridged_j + bridge_j
+        elif step_j < 0 and counter_j <= MOST_WATTS * dt_s:
+            joules = max(counter_j, self._bridged_j)  # at least what it counted since it was set back
+        else:
+            joules = self._bridged_j
+        self._total_j = (self._total_j or 0.0) + joules
+        self._gap_s += unknown_s
+        self._bridged_j = self._unbridged_s = 0.0
 
 
 class PollTimes:
