@@ -16,16 +16,18 @@ from homelab_scaling.errors import HomelabError
 from homelab_scaling.watch.meter import EnergyMeter
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
 
-SILENT_POLLS = 5
-"""A child that owes an answer for longer than this many polls is killed and replaced."""
+SILENT_POLLS, SILENT_S = 5, 2.0
+"""A child that owes an answer for longer than so many polls, and so many seconds, is killed and replaced."""
 START_S = 30.0
 """What a driver may take to wake up; without persistence mode that is seconds."""
+FIRST_S = 5.0
+"""How long the very first poll is held up for the facts."""
 BACK_OFF_S = (1.0, 60.0)
 """Pause before the first restart, doubled up to the second number."""
 GOOD_POLLS = 20
 """After so many answers the back-off starts anew."""
-LOOK_AGAIN_S = 300.0
-"""Without a driver or a card: how often to look whether there is one now."""
+LOOK_AGAIN_S = (300.0, 10.0)
+"""Without a driver or a card: how often to look whether there is one now; the second where there was one before."""
 LONGEST_RESTART_S = 60.0
 """Between two children power is taken to have run straight for at most this long."""
 MOST_STUCK = 3
@@ -60,27 +62,38 @@ class SensorsApart:
         self.interval_s = interval_s
         """As the driver's speed advises."""
         self.poll_p50_s = self.poll_p99_s = 0.0
-        self.error: str | None = None
         self.tell: Callable[[str, str], None] = lambda _kind, _reason: None
         """Told what happens to the child."""
         self._command, self._back_off, self._start_s = (*command, f"{interval_s:g}"), back_off_s, start_s
-        self._every_s = interval_s
+        self.every_s = interval_s
+        """How often `poll` is called now: it holds the caller up for no longer."""
         self._pause_s = back_off_s[0]
         self._known: dict[str, CardFacts] = {}
         self._listed: frozenset[str] = frozenset()
         self._energy: dict[str, _Energy] = {}
         self._child: _Child | None = None
         self._stuck: list[_Child] = []
-        self._why = "not started yet"
+        self._why: str | None = "the sensors have not answered yet"
+        self._driver_error: str | None = None
         self._restart_at = 0.0
         self._n_good = 0
         self._start()
-        self._wait_for_facts(start_s)
+        self._wait_for_facts(min(start_s, FIRST_S))
 
     @property
     def facts(self) -> tuple[CardFacts, ...]:
         """Every card that was ever listed."""
         return tuple(self._known.values())
+
+    @property
+    def child_pid(self) -> int | None:
+        """The sensors' process; None while there is none."""
+        return self._child.pid if self._child is not None else None
+
+    @property
+    def error(self) -> str | None:
+        """Why there are no readings now."""
+        return self._why or self._driver_error
 
     def poll(self, now_s: float) -> Sample:
         """The answer, if it comes within an interval; else readings in state `error` that say why."""
@@ -93,6 +106,7 @@ class SensorsApart:
         spent = time.monotonic() - begun
         if sample is None:
             return self._blank(now_s, spent)
+        self._why = None
         self._n_good += 1
         if self._n_good == GOOD_POLLS:
             self._pause_s = self._back_off[0]
@@ -114,13 +128,11 @@ class SensorsApart:
         self._n_good = 0
 
     def _wait_for_facts(self, timeout_s: float) -> None:
-        child = self._child
-        assert child is not None
+        assert self._child is not None
         try:
-            answer = child.answer(timeout_s)
-            if answer is None:
-                raise Gone(f"the driver did not answer within {timeout_s:.0f} s")
-            self._take_facts(answer)
+            answer = self._child.answer(timeout_s)
+            if answer is not None:
+                self._take_facts(answer)
         except Gone as gone:
             self._give_up(str(gone))
 
@@ -134,21 +146,22 @@ class SensorsApart:
         child = self._child
         assert child is not None
         if not child.has_facts:
-            answer = child.answer(self._every_s)
+            answer = child.answer(self.every_s)
             if answer is None:
+                self._why = f"the driver has not answered for {time.monotonic() - child.started:.1f} s"
                 if begun - child.started > self._start_s:
                     raise Gone(f"the driver did not answer within {self._start_s:.0f} s")
                 return None
             self._take_facts(answer)
-        if self.error is not None and not self._listed and begun - child.started > LOOK_AGAIN_S:
+        if not child.has_cards and begun - child.started > LOOK_AGAIN_S[bool(self._known)]:
             child.close(0.5)
             self._start()
             return None
         child.ask(now_s)
-        answer = child.answer(max(0.02, self._every_s - (time.monotonic() - begun)))
+        answer = child.answer(max(0.02, self.every_s - (time.monotonic() - begun)))
         if answer is None:
             silent = time.monotonic() - child.asked
-            if silent > SILENT_POLLS * self._every_s:
+            if silent > max(SILENT_S, SILENT_POLLS * self.every_s):
                 raise Gone(f"a driver call has hung for {silent:.1f} s")
             self._why = f"the driver has not answered for {silent:.1f} s"
             return None
@@ -174,10 +187,10 @@ class SensorsApart:
         except (KeyError, HomelabError) as error:
             raise Gone(f"the sensors said something that is not facts ({error})") from None
         if self._child is not None:
-            self._child.has_facts = True
-        self.error = str(answer["error"]) if answer.get("error") else None
+            self._child.has_facts, self._child.has_cards = True, bool(facts)
+        self._driver_error = str(answer["error"]) if answer.get("error") else None
         self._known.update({one.uuid: one for one in facts})
-        if self.error is None or facts:
+        if self._driver_error is None or facts:
             self._listed = frozenset(one.uuid for one in facts)
 
     def _take_sample(self, answer: dict[str, object]) -> Sample:
@@ -188,7 +201,7 @@ class SensorsApart:
             )
         except (KeyError, HomelabError) as error:
             raise Gone(f"the sensors said something that is not a sample ({error})") from None
-        self.error = str(answer["error"]) if answer.get("error") else None
+        self._driver_error = str(answer["error"]) if answer.get("error") else None
         if "facts" in answer:
             self._take_facts(answer)
         return sample
@@ -203,8 +216,8 @@ class SensorsApart:
         for uuid in self._known:
             if sample.card(uuid) is not None:
                 continue
-            if self.error is not None and uuid in self._listed:
-                cards.append(CardReading(uuid=uuid, state="error", error=self.error))
+            if self._driver_error is not None and uuid in self._listed:
+                cards.append(CardReading(uuid=uuid, state="error", error=self._driver_error))
             else:
                 cards.append(CardReading(uuid=uuid, state="lost", error="the driver no longer lists this card"))
         return replace(sample, cards=tuple(cards))
@@ -217,7 +230,7 @@ class _Energy:
     """One card's joules, whose count starts anew with each child, as one that goes on."""
 
     def __init__(self) -> None:
-        self._meter = EnergyMeter(has_counter=True)
+        self._meter = EnergyMeter()
         self._gaps_s = self._gap_s = 0.0
 
     def carried_on(self, card: CardReading, now_s: float) -> CardReading:
@@ -237,7 +250,7 @@ class _Child:
     def __init__(self, command: Sequence[str]) -> None:
         self.started = time.monotonic()
         self.asked = self.started
-        self.has_facts = False
+        self.has_facts = self.has_cards = False
         self._owes = False
         self._text = b""
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
@@ -305,6 +318,10 @@ class _Child:
             self._process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
             self._process.returncode = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def ended(self) -> bool:
         return self._process.poll() is not None

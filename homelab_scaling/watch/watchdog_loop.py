@@ -8,6 +8,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,11 +27,14 @@ from homelab_scaling.watch.apart import SensorsApart
 from homelab_scaling.watch.gpu import SensorSource
 from homelab_scaling.watch.link import Control, Ended, MachineFolder, Order, Registration, Status, Transition
 from homelab_scaling.watch.policy import initial_state, judge, strictest
-from homelab_scaling.watch.readings import Sample
+from homelab_scaling.watch.readings import CardFacts, Sample
+from homelab_scaling.watch.recording import Recording
 
 CHECKPOINT_FILE = "checkpoint.json"
 EVENTS_LIMIT_BYTES = 4_000_000
 N_TRANSITIONS = 10
+LIVE = "nvml"
+"""The source whose samples are recorded."""
 LOCK_PATIENCE_S = 1.0
 """Somebody who only looks whether the lock is held holds it for a moment."""
 
@@ -116,6 +120,7 @@ class Watchdog:
         self._transitions = deque(before.transitions if before else (), maxlen=N_TRANSITIONS)
         self._orders: dict[str, Order] | None = None  # as last written; None: never
         self._lost: dict[str, float] = {}
+        self._recording: Recording | None = None
         self._seen: dict[str, _Seen] = {}
         self._busy_s = self._started
         self._unwritten: str | None = None
@@ -128,6 +133,8 @@ class Watchdog:
         """Polls, judges, writes; ends what hangs."""
         registrations = self._registrations(now)
         self.interval_s = self._interval(registrations)
+        if isinstance(self.source, SensorsApart):
+            self.source.every_s = self.interval_s
         sample = self.source.poll(now)
         facts = {one.uuid: one for one in self.source.facts}
         limits = _limits(registrations, {*facts, *(card.uuid for card in sample.cards)})
@@ -166,6 +173,8 @@ class Watchdog:
         """Takes every order back: nobody stays paused for a watchdog that is not there."""
         with self._writing():
             self._order({}, self.clock())
+            if self._recording is not None:
+                self._recording.close()
 
     def event(self, kind: str, **fields: Any) -> None:
         """One line of events.jsonl; what cannot be written is not worth the watchdog's life."""
@@ -182,9 +191,13 @@ class Watchdog:
         slow = self.source.interval_s > self._own_interval_s
         return max(wanted, self.source.interval_s) if slow else wanted
 
-    def _record(self, sample: Sample, facts: tuple[Any, ...]) -> None:
-        if sample.cards:
-            codec.append_jsonl(self.machine.samples, [codec.to_plain(sample)])
+    def _record(self, sample: Sample, facts: tuple[CardFacts, ...]) -> None:
+        """Keeps what the cards said; a replay is on record already."""
+        if not sample.cards or self.source.source != LIVE:
+            return
+        if self._recording is None:
+            self._recording = Recording(self.machine.samples)
+        self._recording.append(sample, facts)
 
     def _order(self, orders: dict[str, Order], now: float) -> None:
         """Writes control.json if an order changed; ids grow over restarts, whatever became of the file."""
@@ -202,7 +215,7 @@ class Watchdog:
             yield
         except (OSError, HomelabError) as error:
             if str(error) != self._unwritten:
-                print(f"watchdog: {error}", flush=True)
+                print(f"watchdog: {error}", file=sys.stderr, flush=True)
             self._unwritten = str(error)
 
     # -------------------------------------------------------------------------------------------------- the runs
