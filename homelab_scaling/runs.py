@@ -21,6 +21,7 @@ from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.specs import RunSpec
 
 RunStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
+StoppedBy = Literal["signal", "watchdog", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Row:
     """One finished decay: a (N, D, loss) point with everything needed to judge it. One line of runs.csv.
 
     `flops`, `seconds`, `kwh` and `usd` are as if this row had been run alone; the `_marginal` ones sum to the bill of
-    the trunk. Unknown is None, and the record's `unknown` table says why.
+    the trunk. What the watchdog made the run wait (pauses, sleep between steps) is not in `seconds` nor in the price of
+    machine time. Unknown is None, and the record's `unknown` table says why.
     """
 
     row_id: str
@@ -68,12 +70,42 @@ class Row:
     tokens_per_s: float | None
     mfu_frac: float | None
     kwh: float | None = None
+    """Of the cards, measured; of the whole machine where it is computed from stated watts."""
     kwh_marginal: float | None = None
+    kwh_from: Literal["counter", "integrated", "stated watts"] | None = None
+    """The cards' energy counters, the trapezoid of their power, or [money] watts times seconds."""
+    kwh_err_frac: float | None = None
+    """Stated relative error of `kwh`; None for stated watts."""
+    kwh_unmetered_frac: float | None = None
+    """Share of the time that no sensor saw, filled in at the mean power of the rest."""
+    kwh_wall: float | None = None
+    """At the plug: watch.energy.WallModel of `kwh`."""
+    kwh_wall_marginal: float | None = None
+    kwh_wall_err_frac: float | None = None
     usd: float | None = None
+    """Energy at the plug and machine time together, as far as they are known."""
     usd_marginal: float | None = None
+    usd_energy: float | None = None
+    usd_energy_marginal: float | None = None
+    usd_machine: float | None = None
+    usd_machine_marginal: float | None = None
     peak_vram_bytes: int | None = None
     family: str = "gpt2"
     """Architecture; laws of different families do not mix."""
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """`kwh` by the row's own tokens."""
+        return None if self.kwh is None else self.kwh * 3.6e6 / self.n_tokens
+
+    @property
+    def kwh_per_mtoken(self) -> float | None:
+        """Kilowatt-hours per million tokens."""
+        return None if self.kwh is None else self.kwh * 1e6 / self.n_tokens
+
+
+DERIVED_COLUMNS = ("joules_per_token", "kwh_per_mtoken")
+"""Of runs.csv, after the fields of `Row`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +132,20 @@ class RunRecord:
     status: RunStatus
     reason: str | None
     """Why it is not finished, in a sentence; None when it is."""
+    stopped_by: StoppedBy | None = None
+    """Of a stopped run: who ended it. `memory`: it goes on with a smaller micro-batch when launched again."""
     science_hash: str
     rows: tuple[Row, ...]
     machine: Machine
     seconds_train: float | None = None
     seconds_validate: float | None = None
     seconds_checkpoint: float | None = None
+    seconds_paused: float | None = None
+    """Waited because the watchdog asked for it; in no other figure."""
+    seconds_paced: float | None = None
+    """Slept between steps because the watchdog asked for it; in no other figure of time."""
+    kwh_paused: float | None = None
+    """What the cards took during pauses; in no row."""
     unknown: dict[str, str] = field(default_factory=dict)
     """Column name -> why its value is None."""
 
@@ -257,7 +297,7 @@ def read_runs(lab: Path) -> tuple[list[LossPoint], list[Excluded]]:
 
 def runs_csv(records: list[RunRecord]) -> str:
     """runs.csv: one line per row: the columns of `Row`, then its run's status and machine; unknown is an empty cell."""
-    of_row = [f.name for f in dataclasses.fields(Row)]
+    of_row = [*(f.name for f in dataclasses.fields(Row)), *DERIVED_COLUMNS]
     of_machine = [f.name for f in dataclasses.fields(Machine)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -265,7 +305,7 @@ def runs_csv(records: list[RunRecord]) -> str:
     for record in records:
         machine = codec.to_plain(record.machine)
         for row in record.rows:
-            plain = codec.to_plain(row)
+            plain = codec.to_plain(row) | {name: getattr(row, name) for name in DERIVED_COLUMNS}
             cells = [*(plain[c] for c in of_row), record.status, *(machine[c] for c in of_machine)]
             writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()

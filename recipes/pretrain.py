@@ -18,10 +18,14 @@ from pathlib import Path  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
 from homelab_scaling import cli, codec  # noqa: E402
-from homelab_scaling.errors import HomelabError, RunFailed, Stopped, UserError  # noqa: E402
+from homelab_scaling.errors import HomelabError, RunFailed, Stopped, StoppedByWatchdog, UserError  # noqa: E402
 from homelab_scaling.runs import RunFolder  # noqa: E402
 from homelab_scaling.specs import RunSpec  # noqa: E402
 from homelab_scaling.sweep.local import RECORD_TELLS  # noqa: E402
+from homelab_scaling.train.oom_notes import NoRoom, OutOfMemory, keep_smaller  # noqa: E402
+
+TOGETHER = (Stopped, StoppedByWatchdog, RunFailed)
+"""Ends that every rank comes to after the same update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,11 @@ def specs_of(args: Args) -> list[tuple[RunSpec, RunFolder]]:
     return prepare_rung(str(args.ladder), args.rung, args.lab)
 
 
-def with_overrides(spec: RunSpec, args: Args) -> RunSpec:
-    """The spec with this launch's execution settings; its science cannot change."""
+def with_overrides(spec: RunSpec, folder: RunFolder, args: Args) -> RunSpec:
+    """The spec with this launch's execution settings; its science cannot change.
+
+    A micro-batch that memory was too small for is not tried again unless it is asked for.
+    """
     given: dict[str, Any] = {
         "n_processes": args.processes,
         "microbatch_seqs_per_rank": args.microbatch,
@@ -75,17 +82,21 @@ def with_overrides(spec: RunSpec, args: Args) -> RunSpec:
         "trackers": args.trackers,
     }
     changed = {key: value for key, value in given.items() if value is not None}
-    return replace(spec, execution=replace(spec.execution, **changed)) if changed else spec
+    spec = replace(spec, execution=replace(spec.execution, **changed)) if changed else spec
+    return spec if args.microbatch else keep_smaller(spec, folder)
 
 
 def main(argv: list[str]) -> int:
     """Exit code of this rank; see errors.py."""
     try:
         args = cli.parse(Args, argv, "recipes/pretrain.py")
-        train_all([(with_overrides(spec, args), folder) for spec, folder in specs_of(args)])
+        train_all([(with_overrides(spec, folder, args), folder) for spec, folder in specs_of(args)])
     except HomelabError as error:
         print(f"pretrain: {error}", file=sys.stderr)
-        told = RECORD_TELLS in os.environ and isinstance(error, Stopped | RunFailed)
+        if isinstance(error, OutOfMemory | NoRoom) and n_ranks() > 1:
+            sys.stderr.flush()
+            os._exit(error.exit_code)  # not 0 and no farewell: the other ranks wait in a collective and must be ended
+        told = RECORD_TELLS in os.environ and isinstance(error, TOGETHER)
         return 0 if told else error.exit_code
     return 0
 
@@ -95,18 +106,25 @@ def train_all(runs: list[tuple[RunSpec, RunFolder]]) -> None:
     from homelab_scaling.train.loop import train
     from homelab_scaling.train.session import leave_group
 
-    together = False
+    together, alone = False, False
     try:
         started = STARTED
         for spec, folder in runs:
             train(spec, folder, started=started)
             started = time.monotonic()  # only the first run pays for the imports
         together = True
-    except (Stopped, RunFailed):
-        together = True  # every rank obeys at the same step
+    except TOGETHER as error:
+        alone = isinstance(error, OutOfMemory | NoRoom) and n_ranks() > 1
+        together = not alone
         raise
     finally:
-        leave_group(together=together)
+        if not alone:
+            leave_group(together=together)
+
+
+def n_ranks() -> int:
+    """Ranks of this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 if __name__ == "__main__":

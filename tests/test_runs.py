@@ -13,6 +13,7 @@ import pytest
 from homelab_scaling import codec
 from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.runs import (
+    DERIVED_COLUMNS,
     Excluded,
     LossPoint,
     Machine,
@@ -152,10 +153,11 @@ def test_runs_csv_has_a_line_per_row_and_empty_cells_for_the_unknown(lab: Path) 
     path = write_runs_csv(lab)
     lines = list(csv.DictReader(path.read_text().splitlines()))
     of_row, of_machine = ([f.name for f in dataclasses.fields(kind)] for kind in (Row, Machine))
-    assert list(lines[0]) == [*of_row, "status", *of_machine]
+    assert list(lines[0]) == [*of_row, *DERIVED_COLUMNS, "status", *of_machine]
     assert lines[0]["status"] == RECORD.status and lines[0]["torch"] == RECORD.machine.torch
     assert [line["n_tokens"] for line in lines] == ["1000", "2000"]
-    known = {**codec.to_plain(ROW), **codec.to_plain(RECORD.machine)}
+    derived = {name: getattr(ROW, name) for name in DERIVED_COLUMNS}
+    known = {**codec.to_plain(ROW), **derived, **codec.to_plain(RECORD.machine)}
     assert {name for name, cell in lines[0].items() if cell == ""} == {n for n, value in known.items() if value is None}
     assert float(lines[0]["flops"]) == ROW.flops
     path.unlink()

@@ -78,7 +78,9 @@ def _wrap_up(experiment: "Experiment") -> Path:
 
 
 def _end(args: Args, experiment: "Experiment", outcome: "Outcome", report: Path) -> int:
-    if outcome.stopped:
+    if outcome.watchdog:
+        _say(f"{outcome.watchdog}\nrun the same command again when the card is well, to go on")
+    elif outcome.stopped:
         _say("stopped; run the same command again to go on")
     for run_id, reason in outcome.failed.items():
         _say(f"not finished: {run_id}: {reason}")

@@ -18,8 +18,12 @@ from types import FrameType
 
 from homelab_scaling import codec
 from homelab_scaling.box import Box
-from homelab_scaling.runs import RunFolder, RunRecord, RunStatus
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.runs import RunFolder, RunRecord, RunStatus, StoppedBy
 from homelab_scaling.specs import RunSpec
+from homelab_scaling.train.oom_notes import OutOfMemory, end_of_segment, keep_smaller
+from homelab_scaling.watch import link
+from homelab_scaling.watch.start import start_watchdog
 
 Run = tuple[RunSpec, RunFolder]
 
@@ -38,11 +42,13 @@ class Outcome:
     failed: dict[str, str]
     """run_id -> why."""
     stopped: bool
-    """A signal ended it; the rest was not started."""
+    """A signal or the watchdog ended it; the rest was not started."""
+    watchdog: str | None = None
+    """Why the watchdog ended it."""
 
     @property
     def exit_code(self) -> int:
-        return 75 if self.stopped else 1 if self.failed else 0
+        return 3 if self.watchdog else 75 if self.stopped else 1 if self.failed else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +57,16 @@ class Ended:
 
     status: RunStatus
     reason: str | None
+    stopped_by: StoppedBy | None = None
 
 
 def run_all(runs: list[Run], box: Box, say: Callable[[str], None]) -> Outcome:
     """Runs everything that is not finished, in order; a failed run does not stop the others.
 
-    A diverged run is not started again: the same spec would diverge the same way.
+    A diverged run is not started again: the same spec would diverge the same way. A run that ran out of memory is, with
+    a smaller micro-batch, from its last checkpoint. When the watchdog stops a run, nothing follows: cards need rest.
     """
+    _see_to_watchdog(runs, box, say)
     finished: list[str] = []
     failed: dict[str, str] = {}
     with _StopRequest() as stop:
@@ -68,15 +77,41 @@ def run_all(runs: list[Run], box: Box, say: Callable[[str], None]) -> Outcome:
                 ended = Ended(status=record.status, reason=record.reason)
             else:
                 say(f"[{number}/{len(runs)}] {spec.run_id}")
-                ended = launch(spec, folder, box, stop)
+                ended = _launch_until_it_fits(spec, folder, box, stop, say)
             if ended.status == "finished":
                 finished.append(spec.run_id)
             elif ended.status == "stopped":
-                return Outcome(finished=tuple(finished), failed=failed, stopped=True)
+                watchdog = ended.reason if ended.stopped_by == "watchdog" else None
+                return Outcome(finished=tuple(finished), failed=failed, stopped=True, watchdog=watchdog)
             else:
                 failed[spec.run_id] = f"{ended.status}: {ended.reason}"
                 say(f"{spec.run_id}: {failed[spec.run_id]}")
     return Outcome(finished=tuple(finished), failed=failed, stopped=False)
+
+
+def _see_to_watchdog(runs: list[Run], box: Box, say: Callable[[str], None]) -> None:
+    """Starts the watchdog before the first card gets warm."""
+    for spec, folder in runs[:1]:
+        if link.why_not_watched(spec.watch, on_gpu=box.on_gpu and spec.execution.device != "cpu") is None:
+            try:
+                start_watchdog(link.lab_of(folder))
+            except (HomelabError, OSError) as error:
+                say(f"  ! the watchdog could not be started ({error}); nothing guards the cards")
+
+
+def _launch_until_it_fits(
+    spec: RunSpec, folder: RunFolder, box: Box, stop: "_StopRequest", say: Callable[[str], None]
+) -> Ended:
+    while True:
+        ended = launch(spec, folder, box, stop)
+        if ended.stopped_by != "memory" or stop.asked():
+            return ended
+        fitting = keep_smaller(spec, folder)
+        if fitting == spec:
+            return Ended(status="failed", reason=ended.reason)
+        spec = fitting
+        codec.write_json(folder.spec, spec)
+        say(f"{spec.run_id}: {ended.reason}")
 
 
 def launch_command(spec: RunSpec, folder: RunFolder, box: Box) -> list[str]:
@@ -136,7 +171,7 @@ def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> En
     """Launches one run and waits for it; a trainer that died without a word is recorded as failed."""
     if stop.asked():
         return Ended(status="stopped", reason="not started")
-    before = folder.read_record()
+    before, began_s = folder.read_record(), link.now_s()
     # Its own session: the terminal's Ctrl-C reaches us alone, and we tell the ranks.
     process = subprocess.Popen(
         launch_command(spec, folder, box), start_new_session=True, stdout=sys.stderr, env=_environment()
@@ -151,7 +186,7 @@ def launch(spec: RunSpec, folder: RunFolder, box: Box, stop: _StopRequest) -> En
         elif told_at is not None and (stop.asked(2) or time.monotonic() - told_at > GIVE_UP_S):
             _kill_group(process.pid, signal.SIGKILL)
     _wait_for_ranks(process.pid, folder)
-    return _settle(folder, before, process.returncode, stop.asked())
+    return _settle(folder, before, process.returncode, stop.asked(), began_s)
 
 
 def _environment() -> dict[str, str]:
@@ -196,20 +231,42 @@ def _wait_for_ranks(session: int, folder: RunFolder) -> None:
         time.sleep(0.2)
 
 
-def _settle(folder: RunFolder, before: RunRecord | None, returncode: int, asked: bool) -> Ended:
+def _settle(folder: RunFolder, before: RunRecord | None, returncode: int, asked: bool, began_s: float) -> Ended:
     """What the record says, with a "running" that nobody runs any more put right."""
     record = folder.read_record()
     if record is None or (record == before and returncode):  # refused before it began: nothing was written
         if asked:
             return Ended(status="stopped", reason="stopped before it began")
         return Ended(status="failed", reason=f"the launch ended with exit code {returncode} before training began")
-    if record.status != "running":
-        return Ended(status=record.status, reason=record.reason)
-    ended = Ended(
-        status="stopped" if asked else "failed",
-        reason="stopped before this launch's first checkpoint"
-        if asked
-        else f"the trainer died (launcher exit code {returncode}); run again to go on from its last checkpoint",
-    )
-    codec.write_json(folder.record, replace(record, status=ended.status, reason=ended.reason))
+    ended = Ended(status=record.status, reason=record.reason, stopped_by=record.stopped_by)
+    if record.status in ("running", "failed"):
+        ended = _ended_by_watchdog(folder, record, began_s) or ended
+    if ended.status == "running":
+        ended = _died(folder, returncode, asked)
+    if ended.status != record.status:
+        changed = replace(record, status=ended.status, reason=ended.reason, stopped_by=ended.stopped_by)
+        codec.write_json(folder.record, changed)
     return ended
+
+
+def _ended_by_watchdog(folder: RunFolder, record: RunRecord, began_s: float) -> Ended | None:
+    """A run that could not end by itself after its card was lost: the watchdog left word."""
+    word = link.machine_folder(link.lab_of(folder)).read_ended(record.run_id)
+    if word is None or word.t_s < began_s:
+        return None
+    kept = f"goes on from {word.last_checkpoint}" if word.last_checkpoint else "there is no checkpoint yet"
+    return Ended(status="stopped", reason=f"ended by the watchdog: {word.reason}; {kept}", stopped_by="watchdog")
+
+
+def _died(folder: RunFolder, returncode: int, asked: bool) -> Ended:
+    """A trainer that left no last word."""
+    if asked:
+        reason = "stopped before this launch's first checkpoint"
+        return Ended(status="stopped", reason=reason, stopped_by="signal")
+    cause = end_of_segment(folder)
+    if isinstance(cause, OutOfMemory):
+        return Ended(status="stopped", reason=str(cause), stopped_by="memory")
+    if cause is not None:
+        return Ended(status="failed", reason=str(cause))
+    reason = f"the trainer died (launcher exit code {returncode}); run again to go on from its last checkpoint"
+    return Ended(status="failed", reason=reason)

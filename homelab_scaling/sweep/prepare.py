@@ -16,6 +16,7 @@ from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, s
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunFolder, flock
 from homelab_scaling.specs import CorpusManifest, RunSpec
+from homelab_scaling.train.oom_notes import keep_smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +92,15 @@ def make_plan(experiment: Experiment, corpus: CorpusManifest | None) -> Plan:
 def write_specs(
     plan: Plan, experiment: Experiment, change: Callable[[RunSpec], RunSpec] = lambda spec: spec
 ) -> list[tuple[RunSpec, RunFolder]]:
-    """Writes plan.json and every spec.json; a run that exists keeps its science, its execution settings are renewed."""
+    """Writes plan.json and every spec.json; a run that exists keeps its science, its execution settings are renewed.
+
+    Only a micro-batch that memory was too small for stays as small as it became.
+    """
     codec.write_json(experiment.lab / "plan.json", plan)
     written = []
-    for spec in map(change, plan.runs):
-        folder = experiment.run(spec.run_id)
+    for planned in plan.runs:
+        folder = experiment.run(planned.run_id)
+        spec = keep_smaller(change(planned), folder)
         codec.write_json(folder.spec, spec)
         written.append((spec, folder))
     return written

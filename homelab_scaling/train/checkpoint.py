@@ -12,6 +12,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,16 +22,28 @@ from torch import Tensor
 from homelab_scaling import codec
 from homelab_scaling.errors import CheckpointError, MachineError, SpecError
 
+START, PAUSED = "start", "paused"
+"""Names beside those of phases under which a Clock books energy."""
+
 MODEL, OPTIM, MANIFEST = "model.safetensors", "optim.safetensors", "checkpoint.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Seconds spent so far, by phase name: what a row costs, across interruptions."""
+    """Seconds and joules spent so far, by phase name: what a row costs, across interruptions."""
 
     train_s: dict[str, float] = field(default_factory=dict)
     validate_s: dict[str, float] = field(default_factory=dict)
     checkpoint_s: dict[str, float] = field(default_factory=dict)
+    paused_s: dict[str, float] = field(default_factory=dict)
+    """Waited on the watchdog's order; in none of the above."""
+    slept_s: dict[str, float] = field(default_factory=dict)
+    """Slept between steps on the watchdog's order; in none of the above."""
+    energy_j: dict[str, float] = field(default_factory=dict)
+    """Measured on the run's cards, also under the names START and PAUSED."""
+    metered_s: dict[str, float] = field(default_factory=dict)
+    """Seconds that `energy_j` covers, by the same names; the rest of the time was not seen."""
+    energy_from: Literal["counter", "integrated"] | None = None
     start_s: float = 0.0
     """Process start to first update, over all segments."""
     rated_tokens: int = 0

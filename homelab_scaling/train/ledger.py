@@ -2,13 +2,13 @@
 
 from homelab_scaling.plan.counting import count_params, flops_per_token
 from homelab_scaling.plan.peaks import peak_bf16_flops
-from homelab_scaling.runs import Machine, Row, RunRecord, RunStatus
+from homelab_scaling.runs import Machine, Row, RunRecord, RunStatus, StoppedBy
 from homelab_scaling.specs import CorpusManifest, RunSpec
-from homelab_scaling.train.checkpoint import Clock
+from homelab_scaling.train.bill import make_bill, why_unknown
+from homelab_scaling.train.checkpoint import PAUSED, START, Clock
 from homelab_scaling.train.evaluate import Validation
 from homelab_scaling.train.schedule import Phase, phases
-
-NO_METER = "no energy meter was attached to this run"
+from homelab_scaling.watch.energy import JOULES_PER_KWH, WallModel
 
 
 def trunk_of(plan: tuple[Phase, ...], decay: Phase) -> list[Phase]:
@@ -30,6 +30,7 @@ def make_row(
     result: Validation,
     clock: Clock,
     machine: Machine,
+    wall: WallModel,
     peak_vram_bytes: int | None,
 ) -> Row:
     """The row that `decay` earned."""
@@ -39,8 +40,8 @@ def make_row(
     per_token = flops_per_token(science.shape, science.n_vocab)
     alone, own = [*trunk_of(plan, decay), decay], own_phases(plan, decay)
     is_first = all(not p.earns_row for p in plan[: decay.index])
-    seconds = clock.start_s + _seconds(clock, alone)
-    seconds_marginal = (clock.start_s if is_first else 0.0) + _seconds(clock, own)
+    whole = make_bill(clock, [START, *(p.key for p in alone)], spec.money, wall)
+    marginal = make_bill(clock, [*([START] if is_first else []), *(p.key for p in own)], spec.money, wall)
     own_tokens = sum(p.n_updates for p in own) * science.batch_tokens_global
     rate = clock.rated_tokens / clock.rated_s if clock.rated_s else None
     peak = peak_flops(machine, science.precision)
@@ -69,12 +70,24 @@ def make_row(
         precision=science.precision,
         data_id=corpus.data_id,
         n_tokens_unique=min(decay.horizon_tokens, corpus.train.n_tokens),
-        seconds=seconds,
-        seconds_marginal=seconds_marginal,
+        seconds=whole.seconds,
+        seconds_marginal=marginal.seconds,
         tokens_per_s=rate,
         mfu_frac=rate * per_token / (peak * machine.n_processes) if rate and peak else None,
-        usd=_usd(spec, seconds),
-        usd_marginal=_usd(spec, seconds_marginal),
+        kwh=whole.kwh,
+        kwh_marginal=marginal.kwh,
+        kwh_from=whole.kwh_from,
+        kwh_err_frac=whole.kwh_err_frac,
+        kwh_unmetered_frac=whole.kwh_unmetered_frac,
+        kwh_wall=whole.kwh_wall,
+        kwh_wall_marginal=marginal.kwh_wall,
+        kwh_wall_err_frac=whole.kwh_wall_err_frac,
+        usd=whole.usd,
+        usd_marginal=marginal.usd,
+        usd_energy=whole.usd_energy,
+        usd_energy_marginal=marginal.usd_energy,
+        usd_machine=whole.usd_machine,
+        usd_machine_marginal=marginal.usd_machine,
         peak_vram_bytes=peak_vram_bytes,
     )
 
@@ -82,17 +95,6 @@ def make_row(
 def peak_flops(machine: Machine, precision: str) -> float | None:
     """Peak of one device for MFU; None where none is tabled, or where the run is not in bf16."""
     return peak_bf16_flops(machine.device) if precision == "bf16" else None
-
-
-def _seconds(clock: Clock, stretch: list[Phase]) -> float:
-    books = (clock.train_s, clock.validate_s, clock.checkpoint_s)
-    return sum(book.get(p.key, 0.0) for p in stretch for book in books)
-
-
-def _usd(spec: RunSpec, seconds: float) -> float | None:
-    """Machine time only; energy joins when a meter does."""
-    price = spec.money.usd_per_machine_hour
-    return None if price is None else seconds / 3600 * price
 
 
 def make_record(
@@ -103,11 +105,15 @@ def make_record(
     clock: Clock,
     status: RunStatus,
     reason: str | None = None,
+    stopped_by: StoppedBy | None = None,
+    why_no_meter: str,
 ) -> RunRecord:
     """record.json for the state the run is in now."""
-    unknown = {"kwh": NO_METER, "kwh_marginal": NO_METER}
-    if spec.money.usd_per_machine_hour is None:
-        unknown["usd"] = unknown["usd_marginal"] = "the ladder's [money] gives no usd_per_machine_hour"
+    unknown = {
+        column: why
+        for column, why in why_unknown(clock, spec.money, why_no_meter).items()
+        if not rows or any(getattr(row, column) is None for row in rows)
+    }
     if peak_flops(machine, spec.science.precision) is None:
         unknown["mfu_frac"] = (
             f"no peak is tabled for {machine.device}"
@@ -124,11 +130,15 @@ def make_record(
         rung=spec.rung,
         status=status,
         reason=reason,
+        stopped_by=stopped_by,
         science_hash=spec.science.hash,
         rows=rows,
         machine=machine,
         seconds_train=sum(clock.train_s.values()),
         seconds_validate=sum(clock.validate_s.values()),
         seconds_checkpoint=sum(clock.checkpoint_s.values()),
+        seconds_paused=sum(clock.paused_s.values()),
+        seconds_paced=sum(clock.slept_s.values()),
+        kwh_paused=clock.energy_j[PAUSED] / JOULES_PER_KWH if PAUSED in clock.energy_j else None,
         unknown=unknown,
     )

@@ -2,58 +2,52 @@
 
 Reads top to bottom: resume, then for each phase its updates, then its row. Everything that may differ between segments
 comes from `session`; everything that decides the result comes from the science spec. The device is asked for numbers
-only at log boundaries; commands, validations and checkpoints happen there, at the same step on every rank.
-
-Shapes: B sequences of one micro-batch, T context.
+only at log boundaries; validations and checkpoints happen there, at the same step on every rank. Signals and the
+watchdog's orders are met in `obey`.
 """
 
 import contextlib
-import datetime
 import gc
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from homelab_scaling import codec
-from homelab_scaling.data.batches import BatchOrder, n_windows, read_windows
-from homelab_scaling.data.shards import Shards, open_shards
-from homelab_scaling.errors import HomelabError, RunFailed, SpecError, Stopped
-from homelab_scaling.runs import Row, RunFolder, RunRecord, RunStatus
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.runs import Row, RunFolder, RunRecord, RunStatus, StoppedBy
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train import checkpoint as ckpt
+from homelab_scaling.train import oom, oom_notes
 from homelab_scaling.train.evaluate import Evaluator, Validation
+from homelab_scaling.train.feed import Feed, open_matching_shards
 from homelab_scaling.train.hooks import Hooks, MetricsFile, Progress, Trackers, surviving
+from homelab_scaling.train.journal import Diverged, Journal, how_it_ended
 from homelab_scaling.train.keeper import Keeper
 from homelab_scaling.train.ledger import make_record, make_row
 from homelab_scaling.train.meter import Meter, Pending
 from homelab_scaling.train.model import LanguageModel, build_model, sdpa_backend
+from homelab_scaling.train.obey import Agreed, Code, Obey
 from homelab_scaling.train.optim import MaskedAdamW
-from homelab_scaling.train.schedule import Phase, lr_at, phases
+from homelab_scaling.train.orders import connect
+from homelab_scaling.train.ranks import Ranks
+from homelab_scaling.train.schedule import Phase, lr_at, phases, validation_steps
 from homelab_scaling.train.session import (
     Choices,
+    about_segment,
     choose,
     describe_machine,
-    max_over_ranks,
     start_accelerator,
     sum_over_ranks,
 )
 from homelab_scaling.train.stop import StopWish
 from homelab_scaling.train.timing import Timing
-
-GO_ON, SAVE, STOP = 0, 1, 2
-"""Command codes, ordered by urgency; ranks obey the largest."""
+from homelab_scaling.watch.energy import read_wall_model
 
 EVAL_BATCH_TOKENS = 16_384
-
-
-class Diverged(RunFailed):
-    """A loss or gradient became non-finite; the weights were not touched by it."""
 
 
 class Trainer:
@@ -78,7 +72,7 @@ class Trainer:
         hooks: list[Hooks],
         started: float,
     ) -> None:
-        self.spec, self.folder, self.accelerator, self.choices, self.hooks = spec, folder, accelerator, choices, hooks
+        self.spec, self.folder, self.accelerator, self.choices = spec, folder, accelerator, choices
         self.science, self.execution = spec.science, spec.execution
         self.device: torch.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
@@ -86,10 +80,10 @@ class Trainer:
         self.plan = phases(self.science)
         self.accumulation = self.execution.accumulation_steps(self.science)
         self.machine = describe_machine(self.device, self.world_size)
+        self.journal = Journal(folder, hooks, is_main=self.is_main)
 
-        self.shards = _open_matching_shards(spec, folder)
-        context = self.science.shape.context_tokens
-        self.order = BatchOrder(n_windows(len(self.shards.train), context), self.science.seed)
+        self.shards = open_matching_shards(spec, folder)
+        self.feed = Feed(self.shards, spec, rank=self.rank, world_size=self.world_size, device=self.device)
         self.model: LanguageModel = build_model(
             self.science.shape, self.science.n_vocab, seed=self.science.seed, loss_path=choices.loss_path
         )
@@ -110,11 +104,25 @@ class Trainer:
         self.update = 0
         self.step = 0
         self.rows: tuple[Row, ...] = ()
-        self.timing = Timing(ckpt.Clock(), started)
+        self.saved_update: int | None = None
         self.meter = Meter(self.science, self.machine, self.device)
         self.first_interval = True
-        self.last_saved = time.monotonic()
+        """The interval holds compilation and cold caches, and so no honest rate."""
         self.stop = StopWish()
+        ranks = Ranks(self.world_size)
+        self.watched = connect(spec, folder, accelerator, ranks, self.journal.event)
+        self.timing = Timing(ckpt.Clock(), started, self.watched.meter)
+        self.obey = Obey(
+            ranks=ranks,
+            orders=self.watched.orders,
+            stop=self.stop,
+            timing=self.timing,
+            device=self.device,
+            is_main=self.is_main,
+            log_every_steps=self.execution.log_every_steps,
+            checkpoint_every_s=self.execution.checkpoint_every_s,
+            event=self.journal.event,
+        )
 
     def _evaluator(self, n_tokens: int) -> Evaluator:
         return Evaluator(
@@ -140,39 +148,37 @@ class Trainer:
         """Trains to the last row and returns the record, which is on disk by then.
 
         Raises:
-            Stopped: a signal asked for it; checkpointed, the same command goes on.
+            Stopped: a signal asked for it, or memory ran out; checkpointed, the same command goes on.
+            StoppedByWatchdog: to protect a card; the same.
             Diverged: a non-finite loss or gradient.
         """
         try:
-            first_phase = self.resume()
-            with self.stop:
-                for phase in self.plan[first_phase:]:
+            with self.stop, self.watched.orders or contextlib.nullcontext():
+                for phase in self.plan[self.resume() :]:
                     self.train_phase(phase)
                     if phase.earns_row:
                         self.finish_row(phase)
                         if phase.index + 1 < len(self.plan):
                             self.return_to_fork(phase)
             record = self.write_record("finished")
-            self._tell("finished", record)
+            self.journal.tell("finished", record)
             return record
-        except Stopped as stop:
-            self.write_record("stopped", str(stop))
-            raise
-        except Diverged as error:
-            self.write_record("diverged", str(error))
-            raise
         except Exception as error:
-            said = str(error) if isinstance(error, HomelabError) else f"{type(error).__name__}: {error}"
-            self.write_record("failed", said.split("\n")[0])
-            raise
+            ended = error
+            if self.world_size > 1 and not isinstance(error, HomelabError):
+                ended = oom_notes.end_of_segment(self.folder) or error
+            self.write_record(*how_it_ended(ended))
+            if ended is error:
+                raise
+            raise ended from error
         finally:
-            self._tell("end")
+            self.journal.tell("end")
 
     def train_phase(self, phase: Phase) -> None:
         """Every update of a phase that is not done yet."""
-        validate_at = self._validation_steps(phase)
+        validate_at = validation_steps(self.science, phase, self.execution.curve_every_tokens)
         if self.first_interval:
-            self.timing.add(start_s=self.timing.lap())
+            self.timing.book_start(self.timing.lap())
         while self.step < phase.end_step:
             self.do_update(lr_at(self.science, phase, self.step))
             if self.first_interval and len(self.meter.pending) == 1:
@@ -183,12 +189,37 @@ class Trainer:
             at_save = saved_at is not None and self.step % saved_at == 0
             if at_log or at_save or self.step in validate_at or self.step == phase.end_step:
                 self.boundary(phase, validate=self.step in validate_at, save=at_save)
+            elif self.obey.due(self.update) and (agreed := self.obey.look(self.update)).acts:
+                self.boundary(phase, agreed=agreed)
 
     def do_update(self, lr: float) -> None:
-        """One optimizer update at rate `lr`; leaves loss and gradient norm on the device."""
+        """One optimizer update at rate `lr`, and the sleep after it; leaves loss and gradient norm on the device."""
+        began = time.monotonic()
+        while True:
+            try:
+                loss, norm = self.gradients()
+                break
+            except RuntimeError as error:
+                if (said := oom.complaint(error)) is None:
+                    raise
+            self.make_room(said)  # the error is gone by here, and with it the activations that its frames held
+        try:
+            self.optimizer.step(lr, torch.isfinite(norm))
+        except RuntimeError as error:
+            if (said := oom.complaint(error)) is None:
+                raise
+            raise self.note_oom(said) from error  # the update may be half done: only the last checkpoint is sure
+        self.optimizer.zero_grad()
+        self.meter.add(Pending(step=self.step, lr=lr, loss=loss, grad_norm=norm))
+        self.step += 1
+        self.update += 1
+        self.obey.after_update(began)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Clipped gradients of the current batch, left in the parameters; this rank's mean loss and the norm before."""
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(self.accumulation):
-            x_BT, y_BT = self.micro_batch(micro)
+            x_BT, y_BT = self.feed.micro_batch(self.step, micro, self.execution.microbatch_seqs_per_rank)
             is_last = micro == self.accumulation - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
                 loss = self.wrapped(x_BT, y_BT)
@@ -196,38 +227,46 @@ class Trainer:
                 poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
                 self.accelerator.backward(loss * poison / self.accumulation)
             loss_sum += loss.detach() / self.accumulation
-        norm = self.optimizer.clip()
-        self.optimizer.step(lr, torch.isfinite(norm))
-        self.optimizer.zero_grad()
-        self.meter.add(Pending(step=self.step, lr=lr, loss=loss_sum, grad_norm=norm))
-        self.step += 1
-        self.update += 1
+        return loss_sum, self.optimizer.clip()
 
-    def micro_batch(self, micro: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) each, of this rank's `micro`-th slice of the current global batch."""
-        size = self.execution.microbatch_seqs_per_rank
-        first = self.step * self.science.batch_seqs_global + (micro * self.world_size + self.rank) * size
-        windows = self.order.windows(first, size)
-        window = read_windows(self.shards.train, windows, self.science.shape.context_tokens)
-        tokens = torch.from_numpy(window.astype(np.int32))
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        tokens = tokens.long()
-        return tokens[:, :-1], tokens[:, 1:]
+    def make_room(self, said: str) -> None:
+        """After memory ran out, before the weights were touched: a smaller micro-batch, or the end of this launch."""
+        error = self.note_oom(said)
+        fewer = oom_notes.smaller(self.execution.microbatch_seqs_per_rank)
+        if self.world_size > 1 or fewer is None:
+            raise error
+        self.spec = oom_notes.with_microbatch(self.spec, fewer)
+        self.execution, self.accumulation = self.spec.execution, self.spec.execution.accumulation_steps(self.science)
+        self.first_interval = True
+        self.optimizer.zero_grad()
+        if self.choices.compile:
+            torch.compiler.reset()  # else it would compile for any size, which is slower
+        oom.free_caches()
+        self.journal.event("segment", **self._segment([]))
+
+    def note_oom(self, said: str) -> HomelabError:
+        """Tells disk and peers; returns what to raise where this launch cannot go on."""
+        note = oom_notes.write_note(self.spec, self.folder, update=self.update, step=self.step, said=said)
+        self.journal.event("oom", **note)
+        return oom_notes.error_of(note)
 
     # ------------------------------------------------------------------------------------------- once in a while
 
-    def boundary(self, phase: Phase, *, validate: bool, save: bool) -> None:
+    def boundary(
+        self, phase: Phase, *, validate: bool = False, save: bool = False, agreed: Agreed | None = None
+    ) -> None:
         """Reads the device, then does what is due: log, validate, checkpoint, obey."""
         n_updates = len(self.meter.pending)
         lines, bad = self.meter.drain(phase, self.update)
         seconds = self.timing.lap()
         self.timing.book("train_s", phase, seconds)
-        if not self.first_interval:  # that one holds compilation and cold caches
+        self.obey.note_step(seconds / n_updates)
+        if not self.first_interval:
             self.timing.add(rated_tokens=n_updates * self.science.batch_tokens_global, rated_s=seconds)
         self.first_interval = False
         rate = self.meter.rate(phase, update=self.update, step=self.step, n_updates=n_updates, seconds=seconds)
-        self._tell("steps", lines, rate)
+        rate |= self.timing.energy()
+        self.journal.tell("steps", lines, rate)
         if bad is not None:
             raise Diverged(
                 f"loss or gradient became non-finite at step {bad.step} "
@@ -236,29 +275,22 @@ class Trainer:
             )
         if validate:
             self.validate(phase, self.evaluate_curve, "curve")
-        command = max_over_ranks(self._wish(save), self.device)
-        at_fork = phase.kind == "trunk" and self.step == phase.end_step
         done = phase.earns_row and self.step == phase.end_step
-        if at_fork or (command >= SAVE and not done):
+        at_fork = phase.kind == "trunk" and self.step == phase.end_step
+        agreed = agreed or self.obey.look(self.update, save=save)
+        if at_fork or ((agreed.save or agreed.stops) and not done):
             self.save_checkpoint(phase)
-        if command == STOP and not done:
-            raise Stopped(
-                f"{self.stop.reason or 'another rank was asked to stop'} at step {self.step}; run again to go on"
-            )
-
-    def _validation_steps(self, phase: Phase) -> frozenset[int]:
-        """Where the curve set is measured; the end of a decay is left to the full set."""
-        every_tokens = self.execution.curve_every_tokens
-        if every_tokens is None:
-            return frozenset()
-        every = max(1, every_tokens // self.science.batch_tokens_global)
-        steps = set(range(every, phase.end_step + 1, every)) - ({phase.end_step} if phase.earns_row else set())
-        return frozenset(s for s in steps if s > phase.start_step)
+        if agreed.code == Code.PAUSE:
+            agreed = self.obey.pause(self.update, agreed.reason)
+            self.timing.book("paused_s", phase, self.timing.lap())
+        if agreed.stops and not done:
+            self.save_checkpoint(phase)
+            raise agreed.error(self.step)
 
     def validate(self, phase: Phase, evaluator: Evaluator, which: str) -> Validation:
         """Measures the held-out loss and logs it."""
         with self.accelerator.autocast():
-            result = evaluator.measure(self.model)
+            result = oom.measure(evaluator, self.model, self.journal.event)
         if not math.isfinite(result.loss_nats):
             raise Diverged(f"the validation loss is not finite at step {self.step}; lower this rung's learning rate")
         self.timing.book("validate_s", phase, self.timing.lap())
@@ -273,15 +305,8 @@ class Trainer:
             "bpb": result.bpb,
             "set": which,
         }
-        self._tell("validated", line)
+        self.journal.tell("validated", line)
         return result
-
-    def _wish(self, save: bool) -> int:
-        """What this rank wants; only the main rank looks at the clock, so that ranks never disagree about time."""
-        if self.stop.reason is not None:
-            return STOP
-        overdue = self.is_main and time.monotonic() - self.last_saved > self.execution.checkpoint_every_s
-        return SAVE if save or overdue else GO_ON
 
     # ------------------------------------------------------------------------------------- rows and checkpoints
 
@@ -299,11 +324,12 @@ class Trainer:
                 result=result,
                 clock=self.timing.clock,
                 machine=self.machine,
+                wall=read_wall_model(self.watched.machine),
                 peak_vram_bytes=vram,
             )
             self.rows = (*self.rows, row)
             self.write_record("running", "more rows to come")
-            self.event(
+            self.journal.event(
                 "row",
                 row_id=row.row_id,
                 update=self.update,
@@ -311,7 +337,7 @@ class Trainer:
                 n_documents=result.n_documents,
                 optimizer_state_bytes=self.optimizer.state_bytes(),
             )
-            self._tell("row", row)
+            self.journal.tell("row", row)
         self.accelerator.wait_for_everyone()
 
     def return_to_fork(self, decay: Phase) -> None:
@@ -321,14 +347,17 @@ class Trainer:
         self.timing.book("checkpoint_s", decay, self.timing.lap())
 
     def save_checkpoint(self, phase: Phase) -> None:
-        """Saves the resume state; every rank waits for it."""
+        """Saves the resume state, unless it is saved already; every rank waits for it."""
+        if self.saved_update == self.update:
+            return
         if self.is_main:
             self.timing.book("train_s", phase, self.timing.lap())
             self.keeper.save(phase, step=self.step, update=self.update, clock=self.timing.clock)
             self.timing.book("checkpoint_s", phase, self.timing.lap())
         self.accelerator.wait_for_everyone()
         self.timing.lap()
-        self.last_saved = time.monotonic()
+        self.saved_update = self.update
+        self.obey.note_saved()
 
     def resume(self) -> int:
         """Takes up the newest usable state; returns the index of the phase to go on with."""
@@ -345,48 +374,41 @@ class Trainer:
 
     def _announce(self, skipped: list[str]) -> None:
         """The segment's entry in events.jsonl; hooks learn what survived."""
-        pids = self.accelerator.gather(torch.tensor([os.getpid()], device=self.device)).tolist()
+        self.pids = self.accelerator.gather(torch.tensor([os.getpid()], device=self.device)).tolist()
         if self.is_main:
             kept = surviving(codec.read_jsonl(self.folder.metrics), self.update)
-            batch = self.science.batch_tokens_global
-            self._tell("start", kept, self.update * batch, self._about(skipped))
-            self.event(
-                "segment",
-                update=self.update,
-                step=self.step,
-                pids=pids,
-                n_processes=self.world_size,
-                microbatch_seqs_per_rank=self.execution.microbatch_seqs_per_rank,
-                accumulation=self.accumulation,
-                device=self.machine.device,
-                compile=self.choices.compile,
-                compile_reason=self.choices.compile_reason,
-                loss_path=self.choices.loss_path,
-                loss_reason=self.choices.loss_reason,
-                sdpa=sdpa_backend(self.model, self.device, self._compute_dtype()),
-                skipped_checkpoints=skipped,
-            )
+            about = about_segment(self.spec, self.choices, self.machine, step=self.step, skipped=skipped)
+            self.journal.tell("start", kept, self.update * self.science.batch_tokens_global, about)
+            self.journal.event("segment", **self._segment(skipped))
             self.write_record("running", "in progress")
 
-    def _about(self, skipped: list[str]) -> str:
-        """The segment in a line: what `auto` became, and why; before it, each checkpoint that could not be used."""
-        c = self.choices
-        where = f"goes on at step {self.step}" if self.update else "starts"
-        said = [f"{self.spec.run_id}: skipped checkpoint {why}" for why in skipped]
-        said.append(
-            f"{self.spec.run_id} {where} on {self.machine.device}, {self.world_size} x "
-            f"{self.execution.microbatch_seqs_per_rank} sequences x {self.accumulation}, {self.science.precision}; "
-            f"torch.compile {'on' if c.compile else 'off'} ({c.compile_reason}); {c.loss_path} loss ({c.loss_reason})"
-        )
-        return "\n".join(said)
+    def _segment(self, skipped: list[str]) -> dict[str, Any]:
+        return {
+            "update": self.update,
+            "step": self.step,
+            "pids": self.pids,
+            "n_processes": self.world_size,
+            "microbatch_seqs_per_rank": self.execution.microbatch_seqs_per_rank,
+            "accumulation": self.accumulation,
+            "device": self.machine.device,
+            "compile": self.choices.compile,
+            "compile_reason": self.choices.compile_reason,
+            "loss_path": self.choices.loss_path,
+            "loss_reason": self.choices.loss_reason,
+            "sdpa": sdpa_backend(self.model, self.device, self._compute_dtype()),
+            "skipped_checkpoints": skipped,
+        }
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.science.precision == "bf16" else torch.float32
 
     # ------------------------------------------------------------------------------------------------- telling
 
-    def write_record(self, status: RunStatus, reason: str | None = None) -> RunRecord:
+    def write_record(
+        self, status: RunStatus, reason: str | None = None, stopped_by: StoppedBy | None = None
+    ) -> RunRecord:
         """Replaces record.json (main process) and returns what it says."""
+        meter = self.watched.meter
         record = make_record(
             spec=self.spec,
             rows=self.rows,
@@ -394,35 +416,14 @@ class Trainer:
             clock=self.timing.clock,
             status=status,
             reason=reason,
+            stopped_by=stopped_by,
+            why_no_meter=self.watched.why_not or (meter.why_not if meter else None) or "no sensor has measured it yet",
         )
         if self.is_main:
             codec.write_json(self.folder.record, record)
             if status != "running":
-                self.event("end", status=status, reason=reason, update=self.update)
+                self.journal.event("end", status=status, reason=reason, update=self.update)
         return record
-
-    def event(self, kind: str, **fields: Any) -> None:
-        """One line of events.jsonl."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        codec.append_jsonl(self.folder.events, [{"kind": kind, "time": now, **fields}])
-
-    def _tell(self, moment: str, *args: Any) -> None:
-        if self.is_main:
-            for hook in self.hooks:
-                getattr(hook, moment)(*args)
-
-
-def _open_matching_shards(spec: RunSpec, folder: RunFolder) -> Shards:
-    """The run's shards, after checking that they are the ones its science names."""
-    path = Path(spec.shards)
-    shards = open_shards(path if path.is_absolute() else (folder.path / path).resolve())
-    found = (shards.manifest.tokenizer_hash, shards.manifest.train.fingerprint, shards.manifest.val.fingerprint)
-    wanted = (spec.science.tokenizer_hash, spec.science.train_fingerprint, spec.science.val_fingerprint)
-    if found != wanted:
-        raise SpecError(
-            f"{shards.folder}: these shards are not the ones {spec.run_id} was planned on; restore them or plan again"
-        )
-    return shards
 
 
 def train(spec: RunSpec, folder: RunFolder, *, started: float, extra_hooks: list[Hooks] | None = None) -> RunRecord:
@@ -430,7 +431,7 @@ def train(spec: RunSpec, folder: RunFolder, *, started: float, extra_hooks: list
 
     Raises:
         MachineError: another process holds the folder, or the machine cannot do what the spec wants.
-        Stopped, Diverged: as `Trainer.run`.
+        Stopped, StoppedByWatchdog, Diverged: as `Trainer.run`.
     """
     accelerator = start_accelerator(spec, folder.path)
     with folder.lock() if accelerator.is_main_process else contextlib.nullcontext():

@@ -93,6 +93,15 @@ def decay_start_step(science: ScienceSpec, horizon_tokens: int) -> int:
     return steps - max(1, round(science.schedule.decay_frac * steps))
 
 
+def validation_steps(science: ScienceSpec, phase: Phase, every_tokens: int | None) -> frozenset[int]:
+    """Where the curve set is measured in a phase; the end of a decay is left to the full set."""
+    if every_tokens is None:
+        return frozenset()
+    every = max(1, every_tokens // science.batch_tokens_global)
+    steps = set(range(every, phase.end_step + 1, every)) - ({phase.end_step} if phase.earns_row else set())
+    return frozenset(s for s in steps if s > phase.start_step)
+
+
 def lr_at(science: ScienceSpec, phase: Phase, step: int) -> float:
     """Learning rate of the update that takes the model from `step` to `step + 1`.
 

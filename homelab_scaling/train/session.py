@@ -120,6 +120,19 @@ def choose_compile(execution: ExecutionSpec, n_layer: int, on_gpu: bool, missing
     return True, "pays for itself within this run"
 
 
+def about_segment(spec: RunSpec, choices: Choices, machine: Machine, *, step: int, skipped: list[str]) -> str:
+    """The segment in a line: what `auto` became, and why; before it, each checkpoint that could not be used."""
+    micro, accumulation = spec.execution.microbatch_seqs_per_rank, spec.execution.accumulation_steps(spec.science)
+    said = [f"{spec.run_id}: skipped checkpoint {why}" for why in skipped]
+    said.append(
+        f"{spec.run_id} {f'goes on at step {step}' if step else 'starts'} on {machine.device}, {machine.n_processes} x "
+        f"{micro} sequences x {accumulation}, {spec.science.precision}; torch.compile "
+        f"{'on' if choices.compile else 'off'} ({choices.compile_reason}); {choices.loss_path} loss "
+        f"({choices.loss_reason})"
+    )
+    return "\n".join(said)
+
+
 def describe_machine(device: torch.device, n_processes: int) -> Machine:
     """This machine and these versions, for the record."""
     from importlib.metadata import version
@@ -184,12 +197,3 @@ def sum_over_ranks(vector: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(vector)
     return vector
-
-
-def max_over_ranks(code: int, device: torch.device) -> int:
-    """The largest of every rank's integer: how ranks agree on a command at the same step."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return code
-    tensor = torch.tensor(code, device=device)
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return int(tensor)

@@ -243,6 +243,15 @@ def _pointer() -> Path:
     return root / f"homelab-watchdog-{os.getuid()}.lock"
 
 
+def why_not_watched(limits: WatchLimits, *, on_gpu: bool) -> str | None:
+    """Why a run gets no watchdog; None where it gets one."""
+    if not limits.enabled:
+        return "watch.enabled is false"
+    if not (on_gpu or os.environ.get(CARDS_VARIABLE) or os.environ.get(MACHINE_VARIABLE)):
+        return "the run is on CPU, and there is no card to watch"
+    return None
+
+
 def worst(orders: list[Order]) -> Order:
     """The most urgent of several orders, at the lowest duty of all."""
     if not orders:
