@@ -1,0 +1,165 @@
+"""What comes next, as pure functions: seconds left with a range, the trend of a temperature, the watchdog's next act."""
+
+import math
+from collections.abc import Sequence
+
+from homelab_scaling.specs import WatchLimits
+from homelab_scaling.watch.frame import CardNow, Span
+from homelab_scaling.watch.runlog import Rate
+
+HALF_LIFE, FAST_HALF_LIFE = 20.0, 5.0
+"""Of the moving averages of the rate, in log intervals."""
+LOOK_BACK = 200
+AUTOCORRELATION = 3.0
+"""Neighbouring rates err together: their mean is so much worse than that of independent ones (in variance)."""
+SURPRISE_FRAC = 0.02
+"""Of the time left that no rate ever tells."""
+SLOPE_S, MIN_SLOPE_S = 180.0, 60.0
+STEADY_C_PER_MIN = 0.3
+"""A sensor of whole degrees shows less than this by chance."""
+FAR_S = 6 * 3600.0
+
+
+def time_left(rates: Sequence[Rate], tokens: float, *, overhead_frac: float = 0.0, duty: float = 1.0) -> Span | None:
+    """Seconds until so many tokens are trained, with a range; None before the first rate.
+
+    A moving average of the recent log rates; the range holds their spread, their drift, and half of what validations,
+    checkpoints and the rest have taken beside training.
+
+    Args:
+        rates: oldest first; without intervals that hold a start-up.
+        overhead_frac: seconds beside training per second of it.
+        duty: share of the time that the watchdog lets it compute from now on.
+    """
+    if not rates:
+        return None
+    recent = [math.log(one.tokens_per_s) for one in rates[-LOOK_BACK:]]
+    mean, variance, n = _moving(recent, HALF_LIFE)
+    fast, _, _ = _moving(recent, FAST_HALF_LIFE)
+    noise = AUTOCORRELATION * variance / n if n > 1 else 0.1**2
+    few = 0.1 / len(recent)
+    wide = math.sqrt(1.64**2 * noise + (fast - mean) ** 2 + SURPRISE_FRAC**2 + few**2)
+    seconds = tokens / math.exp(mean) / max(duty, 0.01)
+    return Span(
+        low=seconds * math.exp(-wide) * (1 + 0.5 * overhead_frac),
+        mid=seconds * (1 + overhead_frac),
+        high=seconds * math.exp(wide) * (1 + 1.5 * overhead_frac),
+    )
+
+
+def _moving(values: Sequence[float], half_life: float) -> tuple[float, float, float]:
+    """Mean and variance with weights that halve every `half_life` values back, and how many values that is worth."""
+    weights = [0.5 ** ((len(values) - 1 - i) / half_life) for i in range(len(values))]
+    total = sum(weights)
+    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
+    variance = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / total
+    n = total**2 / sum(w * w for w in weights)
+    return mean, variance * n / (n - 1) if n > 1.5 else variance, n
+
+
+def slope_c_per_min(history: Sequence[tuple[float, float]]) -> float | None:
+    """Degrees a minute over the last three minutes; 0 where that is within the sensor's grain, None with too little.
+
+    Args:
+        history: (time in seconds, temperature), oldest first.
+    """
+    if not history:
+        return None
+    recent = [(t, c) for t, c in history if t >= history[-1][0] - SLOPE_S]
+    if len(recent) < 5 or recent[-1][0] - recent[0][0] < MIN_SLOPE_S:
+        return None
+    n = len(recent)
+    mean_t, mean_c = sum(t for t, _ in recent) / n, sum(c for _, c in recent) / n
+    spread = sum((t - mean_t) ** 2 for t, _ in recent)
+    slope = 60 * sum((t - mean_t) * (c - mean_c) for t, c in recent) / spread
+    return slope if abs(slope) >= STEADY_C_PER_MIN else 0.0
+
+
+def duration(seconds: float) -> str:
+    """48 s, 12 min, 2 h 41 min, 3 d 4 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def next_act(card: CardNow, limits: WatchLimits) -> tuple[str, float]:
+    """What the watchdog would do next with one card, in a sentence, and in how many seconds (infinite: not in sight)."""
+    if card.state == "lost":
+        return "stays stopped: the driver has lost the card, which usually takes a reboot", 0.0
+    if card.temperature_c is None or card.state == "error" or card.health not in ("ok", "unknown"):
+        why = card.error or card.missing.get("temperature_c") or card.missing.get("temperature") or card.health
+        return f"is watched without a temperature ({why})", 60.0
+    if card.level == "stop":
+        return _falling(card, limits.resume_below_c, limits.resume_after_s, "may work again"), 0.0
+    if card.level == "pause":
+        return _falling(card, limits.resume_below_c, limits.resume_after_s, "resumes"), 0.0
+    below = [("slows", limits.slow_below_c), ("pauses", limits.pause_below_c), ("stops", 0.0)]
+    hot = card.slowdown_c - limits.slow_below_c <= card.temperature_c
+    if card.level == "slow":
+        eases = card.temperature_c < card.slowdown_c - limits.recover_below_c
+        if not hot and (card.slope_c_per_min or 0.0) <= 0:
+            if eases:
+                return f"eases off by {100 * limits.duty_step_up:.0f} % every {limits.recover_after_s:.0f} s", 0.0
+            return _falling(card, limits.recover_below_c, limits.recover_after_s, "eases off"), 0.0
+        below = below[1:]
+    elif hot:
+        return f"slows: {card.temperature_c:.0f} C for {limits.slow_after_s:.0f} s is too long", 0.0
+    act, at = next((act, b) for act, b in below if card.temperature_c < card.slowdown_c - b or b == 0.0)
+    return _rising(card, act, card.slowdown_c - at)
+
+
+def _rising(card: CardNow, act: str, line_c: float) -> tuple[str, float]:
+    assert card.temperature_c is not None
+    away, slope = line_c - card.temperature_c, card.slope_c_per_min
+    said = f"{act} at {line_c:.0f} C: {max(0.0, away):.0f} C away"
+    if slope is None:
+        return said, math.inf
+    if slope <= 0:
+        return f"{said}, {'steady' if slope == 0 else f'falling {-slope:.1f} C/min'}", math.inf
+    seconds = 60 * max(0.0, away) / slope
+    rising = f"{said}, rising {slope:.1f} C/min"
+    if seconds > FAR_S:
+        return f"{rising}, more than {duration(FAR_S)}", seconds
+    return f"{rising}, about {duration(seconds)}", seconds
+
+
+def _falling(card: CardNow, below_c: float, held_s: float, act: str) -> str:
+    assert card.temperature_c is not None
+    line = card.slowdown_c - below_c
+    away, slope = card.temperature_c - line, card.slope_c_per_min
+    said = f"{act} at {line:.0f} C held {held_s:.0f} s"
+    if away <= 0:
+        return f"{said}: cool enough now"
+    said = f"{said}: {away:.0f} C to go"
+    if slope is None:
+        return said
+    if slope >= 0:
+        return f"{said}, {'steady' if slope == 0 else f'rising {slope:.1f} C/min'}"
+    return f"{said}, falling {-slope:.1f} C/min, about {duration(60 * away / -slope + held_s)}"
+
+
+def soonest(cards: Sequence[CardNow], limits: Sequence[WatchLimits]) -> str | None:
+    """The act that comes first over all cards; None without cards."""
+    acts = [(*next_act(card, own), card) for card, own in zip(cards, limits, strict=True)]
+    if not acts:
+        return None
+    order = {"stop": 0, "pause": 1, "slow": 2, "warn": 3, "ok": 3}
+
+    def urgency(act: tuple[str, float, CardNow]) -> tuple[float, ...]:
+        text, seconds, card = act
+        return (order[card.level], seconds, card.headroom_c if card.headroom_c is not None else -1.0)
+
+    text, _seconds, card = min(acts, key=urgency)
+    return f"{called(card)} {text}"
+
+
+def called(card: CardNow) -> str:
+    """GPU 0."""
+    return f"GPU {card.index}" if card.index is not None else f"GPU {card.uuid[:12]}"

@@ -1,0 +1,144 @@
+"""What the monitor remembers of one run's metrics.jsonl, however long it grows."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from homelab_scaling.watch.frame import Held, Point
+
+MAX_POINTS = 600
+MAX_RATES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """The speed of one log interval."""
+
+    update: int
+    """Updates done at its end."""
+    interval_s: float
+    interval_tokens: int
+    mfu_frac: float | None = None
+    vram_bytes: int | None = None
+    power_w: float | None = None
+    """Of all the run's cards."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.interval_tokens / self.interval_s
+
+
+class RunLog:
+    """Fed with lines as they come; holds a thinned loss curve, every validation and the last rates."""
+
+    def __init__(self) -> None:
+        self.rates: deque[Rate] = deque(maxlen=MAX_RATES)
+        self.held: list[dict[str, Any]] = []
+        """Validation lines as they are."""
+        self.update = 0
+        """Updates done, by the last line."""
+        self.loss: float | None = None
+        """Of the last batch; None before the first and after one that was not finite."""
+        self.lr: float | None = None
+        self.phase: str | None = None
+        self.noise_scale_tokens: float | None = None
+        self._points: list[_Bin] = []
+        self._per_bin = 1
+
+    def feed(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Takes lines in; one that lacks what its kind needs is passed over."""
+        for line in lines:
+            noise = line.get("noise_scale_tokens")
+            if _is_number(noise):
+                self.noise_scale_tokens = float(noise)
+            kind = line.get("kind")
+            if kind == "step" and isinstance(line.get("update"), int):
+                self._step(line)
+            elif kind == "rate":
+                self._rate(line)
+            elif kind == "val" and _is_number(line.get("loss")) and _is_number(line.get("tokens")):
+                self.held.append(line)
+
+    @property
+    def curve(self) -> tuple[Point, ...]:
+        """The loss of training batches over the whole run, thinned by averaging neighbours."""
+        return tuple(
+            Point(update=one.update, tokens=one.tokens, loss=one.total / one.n, decay=one.decay) for one in self._points
+        )
+
+    @property
+    def held_curve(self) -> tuple[Held, ...]:
+        return tuple(
+            Held(
+                tokens=int(line["tokens"]),
+                loss_nats=float(line["loss"]),
+                se_nats=float(line["loss_se"]) if _is_number(line.get("loss_se")) else None,
+                full=line.get("set") == "full",
+            )
+            for line in self.held
+        )
+
+    def _step(self, line: dict[str, Any]) -> None:
+        loss, tokens = line.get("loss"), line.get("tokens")
+        self.update, self.phase = line["update"] + 1, str(line.get("phase", "trunk"))
+        self.lr = float(line["lr"]) if _is_number(line.get("lr")) else None
+        self.loss = float(loss) if _is_number(loss) else None  # type: ignore[arg-type]
+        if self.loss is None or not _is_number(tokens):
+            return
+        decay = self.phase.startswith("decay")
+        last = self._points[-1] if self._points else None
+        if last is not None and last.n < self._per_bin and last.decay == decay:
+            last.add(line["update"], int(tokens), self.loss)  # type: ignore[arg-type]
+        else:
+            self._points.append(_Bin(line["update"], int(tokens), self.loss, decay))  # type: ignore[arg-type]
+        if len(self._points) > MAX_POINTS:
+            self._points = _halved(self._points)
+            self._per_bin *= 2
+
+    def _rate(self, line: dict[str, Any]) -> None:
+        seconds, tokens, update = line.get("interval_s"), line.get("interval_tokens"), line.get("update")
+        if not (_is_number(seconds) and _is_number(tokens) and isinstance(update, int)):
+            return
+        if seconds > 0 and tokens > 0:  # type: ignore[operator]
+            self.rates.append(
+                Rate(
+                    update=update,
+                    interval_s=float(seconds),  # type: ignore[arg-type]
+                    interval_tokens=int(tokens),  # type: ignore[arg-type]
+                    mfu_frac=line["mfu"] if _is_number(line.get("mfu")) else None,
+                    vram_bytes=line["vram_bytes"] if _is_number(line.get("vram_bytes")) else None,
+                    power_w=line["power_w"] if _is_number(line.get("power_w")) else None,
+                )
+            )
+
+
+class _Bin:
+    """Neighbouring steps in one point, which stands at the last of them."""
+
+    __slots__ = ("decay", "n", "tokens", "total", "update")
+
+    def __init__(self, update: int, tokens: int, loss: float, decay: bool) -> None:
+        self.update, self.tokens, self.total, self.n, self.decay = update, tokens, loss, 1, decay
+
+    def add(self, update: int, tokens: int, loss: float, n: int = 1) -> None:
+        self.update, self.tokens = update, tokens
+        self.total += loss
+        self.n += n
+
+
+def _halved(points: Sequence[_Bin]) -> list[_Bin]:
+    kept: list[_Bin] = []
+    joined = True
+    for one in points:
+        if not joined and kept[-1].decay == one.decay:
+            kept[-1].add(one.update, one.tokens, one.total, one.n)
+            joined = True
+        else:
+            kept.append(one)
+            joined = False
+    return kept
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,369 @@
+"""One run as the monitor sees it: what its files say, put together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.fit.words import short
+from homelab_scaling.plan.counting import count_params
+from homelab_scaling.specs import RunSpec
+from homelab_scaling.train.schedule import Phase, phases
+from homelab_scaling.watch.ahead import time_left
+from homelab_scaling.watch.costs import cost_of_record, cost_so_far
+from homelab_scaling.watch.energy import WallModel
+from homelab_scaling.watch.feed import Feed, Look, event_s
+from homelab_scaling.watch.frame import ACTIVE, Cost, LawWord, Rung, RunNow, RunState, Span, Speed
+from homelab_scaling.watch.runlog import Rate, RunLog
+
+QUIET_S, QUIET_INTERVALS = 180.0, 20.0
+"""Without a metric for longer than this (or so many log intervals), a living run is called silent."""
+FRESH_S = 30.0
+"""A file that grew so recently belongs to a run that lives, wherever its processes are."""
+N_RECENT = 50
+NOT_JUDGED = LawWord(verdict="not judged", off_frac=None, sentence="there is no fit yet; `homelab fit LAB` makes one")
+
+
+class RunEye:
+    """Follows one run; `look` first, then ask."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.log = RunLog()
+        self.seen: Look | None = None
+        self.state: RunState = "queued"
+        self._plan: tuple[Phase, ...] = ()
+        self._planned_for: RunSpec | None = None
+        self.plan_problem: str | None = None
+
+    @property
+    def run_id(self) -> str:
+        return self.feed.run_id
+
+    @property
+    def spec(self) -> RunSpec | None:
+        return self.feed.spec
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return (self.seen.record if self.seen else None) or {}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows = self.record.get("rows")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE
+
+    @property
+    def moved_s(self) -> float:
+        """When something last happened in it; 0 for never."""
+        seen = self.seen
+        events = [event_s(e) or 0.0 for e in seen.events[-1:]] if seen else []
+        return max([0.0, *events, *(t for t in (seen.logged_s, seen.saved_s) if t)] if seen else [0.0])
+
+    def look(self, now_s: float) -> None:
+        """Takes in what is new."""
+        self.seen = self.feed.look(now_s)
+        if self.seen.metrics.restarted:
+            self.log = RunLog()
+        self.log.feed(self.seen.metrics.lines)
+        if self.spec is not self._planned_for:
+            self._planned_for = self.spec
+            self._plan, self.plan_problem = (), None
+            try:
+                self._plan = phases(self.spec.science) if self.spec else ()
+            except HomelabError as error:
+                self.plan_problem = str(error)
+        self.state = self._state(self.seen, now_s)
+
+    # ----------------------------------------------------------------------------------------------------- how it is
+
+    def _state(self, seen: Look, now_s: float) -> RunState:
+        status = self.record.get("status")
+        if status in ("finished", "stopped", "diverged", "failed"):
+            return status  # type: ignore[no-any-return]
+        if status is None and not self._segments():
+            if self.spec is None and seen.problems:
+                return "unreadable"
+            return "queued"
+        last_s = max((t for t in (seen.logged_s, *(event_s(e) for e in seen.events[-1:])) if t), default=None)
+        age_s = now_s - last_s if last_s is not None else None
+        if not seen.is_alive and (age_s is None or age_s > FRESH_S):
+            return "interrupted"
+        if self._paused():
+            return "paused"
+        if not self._since_start():
+            return "starting"
+        rates = self._rates()
+        quiet = max(QUIET_S, QUIET_INTERVALS * (rates[-1].interval_s if rates else 0.0))
+        if age_s is not None and age_s > quiet:
+            return "silent"
+        return "slowed" if self.duty < 1 else "running"
+
+    def _segments(self) -> list[dict[str, Any]]:
+        return [e for e in self.seen.events if e.get("kind") == "segment"] if self.seen else []
+
+    def _last(self, *kinds: str) -> dict[str, Any] | None:
+        """The newest event of these kinds in this segment."""
+        for event in reversed(self.seen.events if self.seen else ()):
+            if event.get("kind") in kinds:
+                return event
+            if event.get("kind") == "segment":
+                return None
+        return None
+
+    def _paused(self) -> bool:
+        last = self._last("paused", "resumed")
+        return last is not None and last["kind"] == "paused"
+
+    @property
+    def duty(self) -> float:
+        """Share of the time that the watchdog lets it compute."""
+        last = self._last("paced")
+        duty = last.get("duty") if last else None
+        return float(duty) if isinstance(duty, int | float) and 0 < duty <= 1 else 1.0
+
+    def _rates(self) -> list[Rate]:
+        """Without the first interval of each segment, which holds compilation and cold caches."""
+        starts = [e.get("update") for e in self._segments()]
+        starts = [0, *(s for s in starts if isinstance(s, int))]
+        kept: list[Rate] = []
+        for rate in self.log.rates:
+            first = False
+            while starts and rate.update > starts[0]:
+                starts.pop(0)
+                first = True
+            if not first:
+                kept.append(rate)
+        return kept or list(self.log.rates)
+
+    def _since_start(self) -> list[Rate]:
+        """Every rate of this segment, its first one too."""
+        segments = self._segments()
+        start = segments[-1].get("update") if segments else 0
+        return [r for r in self.log.rates if not isinstance(start, int) or r.update > start]
+
+    def _overhead_frac(self) -> float:
+        """Seconds beside training per second of it in this segment: validations and checkpoints, not the waiting."""
+        segments, seen = self._segments(), self.seen
+        began = event_s(segments[-1]) if segments else None
+        rates = self._since_start()
+        if began is None or seen is None or seen.logged_s is None or not rates:
+            return 0.0
+        busy = sum(r.interval_s for r in rates)
+        waited = sum(float(e.get("paused_s") or 0.0) for e in self._this_segment("resumed"))
+        return max(0.0, min(3.0, (seen.logged_s - began - waited - self._slept(rates)) / busy - 1))
+
+    def _slept(self, rates: Sequence[Rate]) -> float:
+        """Seconds slept between steps on the watchdog's order, by the duty that was in force."""
+        paced = [(e.get("update"), e.get("duty")) for e in self._this_segment("paced")]
+        slept = 0.0
+        for rate in rates:
+            duty = 1.0
+            for update, value in paced:
+                if isinstance(update, int) and isinstance(value, int | float) and update < rate.update:
+                    duty = max(0.05, min(1.0, float(value)))
+            slept += rate.interval_s * (1 / duty - 1)
+        return slept
+
+    def _this_segment(self, kind: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for event in self.seen.events if self.seen else ():
+            if event.get("kind") == "segment":
+                found = []
+            elif event.get("kind") == kind:
+                found.append(event)
+        return found
+
+    # ------------------------------------------------------------------------------------------------ where it stands
+
+    @property
+    def n_updates(self) -> int:
+        return self._plan[-1].end_update if self._plan else 0
+
+    @property
+    def update(self) -> int:
+        """Updates done; all of them once it is finished."""
+        if self.state == "finished" and self.n_updates:
+            return self.n_updates
+        return min(self.log.update, self.n_updates) if self.n_updates else self.log.update
+
+    def _phase(self) -> Phase | None:
+        update = self.update
+        return next((p for p in self._plan if p.first_update <= update < p.end_update), None)
+
+    def left(self) -> tuple[Span | None, str | None]:
+        """Seconds still to go, or why that is not known."""
+        if self.state == "finished":
+            return None, "finished"
+        if self.spec is None or not self._plan:
+            return None, self.plan_problem or self.feed.problem or "there is no plan of it"
+        batch = self.spec.science.batch_tokens_global
+        tokens = (self.n_updates - self.update) * batch
+        span = time_left(self._rates(), tokens, overhead_frac=self._overhead_frac(), duty=self.duty)
+        if span is not None:
+            return span, None
+        planned = self.spec.execution.predicted_s
+        if planned is None:
+            return None, "no speed is measured yet"
+        share = tokens / (self.n_updates * batch)
+        return Span(low=planned * share / 2, mid=planned * share, high=planned * share * 2), None
+
+    def now(self, now_s: float, law: LawWord, wall: WallModel) -> RunNow | None:
+        """The run in focus; None where its spec cannot be read."""
+        spec, seen, log = self.spec, self.seen, self.log
+        if spec is None or seen is None:
+            return None
+        left, left_why = self.left()
+        phase = self._phase()
+        batch = spec.science.batch_tokens_global
+        held = log.held_curve
+        machine = self.record.get("machine")
+        milestone, milestone_s = self._milestone(phase, left)
+        return RunNow(
+            run_id=spec.run_id,
+            rung=spec.rung,
+            seed=spec.science.seed,
+            n_params=count_params(spec.science.shape, spec.science.n_vocab).n_params,
+            state=self.state,
+            reason=self._reason(),
+            phase=_phase_words(phase) if phase else "all phases done" if self.state == "finished" else "",
+            update=self.update,
+            n_updates=self.n_updates,
+            tokens_done=self.update * batch,
+            tokens_total=self.n_updates * batch,
+            n_rows=len(self.rows),
+            n_rows_planned=len(spec.science.horizons_tokens),
+            left_s=left,
+            left_why=left_why,
+            milestone=milestone,
+            milestone_s=milestone_s,
+            loss_nats=log.loss,
+            lr=log.lr,
+            curve=log.curve,
+            held_curve=held,
+            held=held[-1] if held else None,
+            law=law,
+            speed=self._speed(),
+            batch_tokens=batch,
+            noise_scale_tokens=log.noise_scale_tokens,
+            vram_bytes=max((r.vram_bytes for r in log.rates if r.vram_bytes is not None), default=None),
+            cost=self.cost(wall),
+            device=str(machine.get("device")) if isinstance(machine, dict) and machine.get("device") else None,
+            n_processes=spec.execution.n_processes,
+            logged_s=seen.logged_s,
+            saved_s=seen.saved_s,
+            paused_s=self._waited(),
+            paced_s=self._slept(self._since_start()) or None,
+        )
+
+    def _reason(self) -> str | None:
+        if self.state == "paused":
+            last = self._last("paused")
+            return str(last.get("reason") or "") if last else None
+        if self.state == "slowed":
+            last = self._last("paced")
+            return str(last.get("reason") or "") if last else None
+        if self.state in ("stopped", "diverged", "failed"):
+            reason = self.record.get("reason")
+            return str(reason) if reason else None
+        if self.state == "interrupted":
+            return "its process is gone; run the same command again to go on from its last checkpoint"
+        return None
+
+    def _waited(self) -> float | None:
+        waits = [e.get("paused_s") for e in (self.seen.events if self.seen else ()) if e.get("kind") == "resumed"]
+        known = [float(w) for w in waits if isinstance(w, int | float)]
+        return sum(known) if known else None
+
+    def _milestone(self, phase: Phase | None, left: Span | None) -> tuple[str | None, float | None]:
+        """The end of the phase it is in."""
+        if phase is None or left is None or self.state not in ACTIVE:
+            return None, None
+        todo = self.n_updates - self.update
+        seconds = left.mid * (phase.end_update - self.update) / todo if todo else 0.0
+        goal = short(phase.horizon_tokens)
+        return (f"row at {goal}" if phase.earns_row else f"decay to {goal}"), seconds
+
+    def _speed(self) -> Speed:
+        rates = self._rates()[-N_RECENT:]
+        unknown = self.record.get("unknown")
+        why = unknown.get("mfu_frac") if isinstance(unknown, dict) else None
+        if not rates or self.spec is None:
+            return Speed(mfu_why=why)
+        batch = self.spec.science.batch_tokens_global
+        steps = sorted(r.interval_s * batch / r.interval_tokens for r in rates)
+        last = rates[-5:]
+        mfu = [(r.mfu_frac, r.interval_s) for r in last if r.mfu_frac is not None]
+        return Speed(
+            tokens_per_s=sum(r.interval_tokens for r in last) / sum(r.interval_s for r in last),
+            mfu_frac=sum(m * s for m, s in mfu) / sum(s for _, s in mfu) if mfu else None,
+            mfu_why=None if mfu else why,
+            step_p50_s=steps[(len(steps) - 1) // 2],
+            step_p99_s=steps[min(len(steps) - 1, round(0.99 * (len(steps) - 1)))],
+            n_intervals=len(rates),
+        )
+
+    def cost(self, wall: WallModel) -> Cost:
+        """Energy and money so far and at the end."""
+        spec, seen = self.spec, self.seen
+        if spec is None or seen is None:
+            return Cost(kwh_why="its spec cannot be read", usd_why="its spec cannot be read")
+        if self.state == "finished":
+            return cost_of_record(self.record, spec.money)
+        left, _ = self.left()
+        unknown = self.record.get("unknown")
+        why = unknown.get("kwh") if isinstance(unknown, dict) else None
+        if not self._segments() and not self.log.rates:
+            return Cost(kwh_why="it has not begun", usd_why="it has not begun")
+        return cost_so_far(
+            clock=seen.clock,
+            clock_update=seen.clock_update,
+            rates=self.log.rates,
+            money=spec.money,
+            wall=wall,
+            left_s=left.mid if left else None,
+            why=str(why) if why else None,
+        )
+
+    def line(self, cost: Cost | None) -> Rung:
+        """This run in the list."""
+        spec = self.spec
+        science = spec.science if spec else None
+        loss, source = self._best_loss()
+        rows = self.rows
+        seconds = [row.get("seconds_marginal") for row in rows]
+        spent = sum(float(s) for s in seconds if isinstance(s, int | float)) if rows else None
+        if self.state != "finished" and cost is not None:
+            spent = cost.seconds
+        return Rung(
+            run_id=self.run_id,
+            rung=spec.rung if spec else str(self.record.get("rung") or self.run_id),
+            seed=science.seed if science else None,
+            n_params=count_params(science.shape, science.n_vocab).n_params if science else None,
+            state=self.state,
+            reason=self._reason() or ("; ".join(self.seen.problems) if self.seen and self.seen.problems else None),
+            done_frac=self.update / self.n_updates if self.n_updates else None,
+            n_rows=len(rows),
+            n_rows_planned=len(science.horizons_tokens) if science else None,
+            loss_nats=loss,
+            loss_from=source,
+            seconds=spent,
+            seconds_planned=spec.execution.predicted_s if spec else None,
+            kwh=cost.kwh if cost else None,
+            usd=cost.usd if cost else None,
+        )
+
+    def _best_loss(self) -> tuple[float | None, Any]:
+        if self.rows and isinstance(self.rows[-1].get("loss_nats"), int | float) and not self.is_active:
+            return float(self.rows[-1]["loss_nats"]), "row"
+        if self.log.held:
+            return float(self.log.held[-1]["loss"]), "validation"
+        return (self.log.loss, "training") if self.log.loss is not None else (None, None)
+
+
+def _phase_words(phase: Phase) -> str:
+    goal = short(phase.horizon_tokens)
+    return f"decay to {goal}" if phase.kind == "decay" else f"trunk to {goal}" if phase.kind == "trunk" else f"cosine to {goal}"
