@@ -60,6 +60,10 @@ class Multiplier:
     """Share of the resamples in which A never reaches it."""
 
 
+ROUNDING = 1e-9
+"""Differences below this are of arithmetic, not of recipes: a lab compared with its copy is no better."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AtBudget:
     """Both arms on their best split of one budget."""
@@ -179,7 +183,7 @@ def _at_budget(pair: _Pair, flops: float, shared: _Pair | None, reached: float) 
         flops=flops,
         loss_a=Estimate(value=points[0], ci95=interval95(draws[0])),
         loss_b=Estimate(value=points[1], ci95=interval95(draws[1])),
-        p_b_better=float((draws[1] < draws[0]).mean()) if pair.n_draws >= MIN_DRAWS else None,
+        p_b_better=_share_below(draws[1], draws[0]) if pair.n_draws >= MIN_DRAWS else None,
         multiplier=_multiplier(pair, flops),
         multiplier_shared_e=_multiplier(shared, flops) if shared else None,
         extrapolation=max(1.0, flops / reached),
@@ -234,7 +238,7 @@ def judge(exponent: Difference, at: AtBudget | None, *, shared: bool = False) ->
             words="no verdict: without resamples or published draws there is no interval to judge by",
         )
     shown = f"the loss-compute exponents differ by {ci[0]:+.4f} to {ci[1]:+.4f} (B - A, 95 %)"
-    if ci[0] > 0 or ci[1] < 0:
+    if ci[0] > ROUNDING or ci[1] < -ROUNDING:
         better: Literal["A", "B"] = "B" if ci[0] > 0 else "A"
         other = "A" if better == "B" else "B"
         words = f"{better} has the better exponent: {shown}, so it gains on {other} with every further FLOP"
@@ -243,7 +247,7 @@ def judge(exponent: Difference, at: AtBudget | None, *, shared: bool = False) ->
         words = f"not distinguishable: {shown}, and constants of different texts do not compare"
         return Verdict(kind="not distinguishable", better=None, words=words)
     m = at.multiplier_shared_e if shared and at.multiplier_shared_e else at.multiplier
-    if m.ci95 is not None and (m.ci95[0] > 1 or (m.ci95[1] is not None and m.ci95[1] < 1)):
+    if m.ci95 is not None and (m.ci95[0] > 1 + ROUNDING or (m.ci95[1] is not None and m.ci95[1] < 1 - ROUNDING)):
         better = "B" if m.ci95[0] > 1 else "A"
         words = (
             f"{better} has the better constant only: {shown}, but at C = {at.flops:.3g} A needs {multiplier_words(m)} "
@@ -255,6 +259,12 @@ def judge(exponent: Difference, at: AtBudget | None, *, shared: bool = False) ->
         "B's loss"
     )
     return Verdict(kind="not distinguishable", better=None, words=words)
+
+
+def _share_below(b: Array, a: Array) -> float:
+    """Share of the pairs in which b is lower; equal ones count half."""
+    equal = np.abs(b - a) <= ROUNDING * np.abs(a)
+    return float(((b < a) & ~equal).mean() + 0.5 * equal.mean())
 
 
 def multiplier_words(m: Multiplier) -> str:

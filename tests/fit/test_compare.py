@@ -67,6 +67,13 @@ def test_the_verdict_is_right_where_the_truth_is_known(design):
     assert compare(arm(STEEPER, own=2, design=design), a, n_draws=600).verdict.better == "A"
 
 
+def test_a_copy_is_no_better():
+    """Rounding in the last digit is no difference, however narrow a paired interval of nothing is."""
+    found = compare(arm(TRUTH, own=1), arm(TRUTH, own=1), n_draws=200)
+    assert found.verdict.kind == "not distinguishable"
+    assert all(at.p_b_better == pytest.approx(0.5) for at in found.budgets)
+
+
 def test_multiplier_and_probability_are_those_of_the_truth():
     found = compare(arm(TRUTH, own=1), arm(STEEPER, own=2), n_draws=600, flops=(1e15, 1e17))
     for at in found.budgets:
