@@ -111,11 +111,20 @@ def draw(
 
 
 def pair_counts(strata: NDArray[np.int64], n_draws: int, rng: np.random.Generator) -> Array:
-    """How often each run counts in each resample (n_draws, n_runs): as many as there are, within each stratum."""
+    """How often each run counts in each resample (n_draws, n_runs).
+
+    With one stratum of n runs, n are drawn. Of several, each of m runs gives m - 1: drawing m would understate what
+    chance did within a stratum by the factor (m - 1) / m, and intervals of isoFLOP ladders held the truth 92 to 93
+    times in 100 instead of 95. Where strata differ in size their runs count m / (m - 1), so that none loses weight.
+
+    Source: Rao and Wu 1988 (rescaled bootstrap of stratified samples); the coverage study of `fit.coverage`.
+    """
     counts = np.zeros((n_draws, len(strata)))
-    for stratum in range(int(strata.max()) + 1):
-        members = np.flatnonzero(strata == stratum)
-        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_draws)
+    sizes = np.bincount(strata)
+    for stratum, size in enumerate(sizes):
+        n_drawn = size - 1 if len(sizes) > 1 and size > 1 else size
+        drawn = rng.multinomial(n_drawn, np.full(size, 1 / size), size=n_draws)
+        counts[:, strata == stratum] = drawn * (size / n_drawn if np.ptp(sizes) else 1)
     return counts
 
 

@@ -1,10 +1,11 @@
 """Resamples keep the design: budgets stay whole, trunks stay together, the same stream gives the same draws."""
 
 import numpy as np
+import pytest
 
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.objectives import parse_objective
-from homelab_scaling.fit.resample import WEBB, budget_strata, draw
+from homelab_scaling.fit.resample import WEBB, budget_strata, draw, pair_counts
 from homelab_scaling.fit.solve import solve
 
 
@@ -52,8 +53,25 @@ def test_pairs_keep_each_budget_whole_and_each_run_together():
     assert (found.y == y).all()
     assert (found.weights[:, ::2] == found.weights[:, 1::2]).all()
     per_budget = found.weights[:, ::2].reshape(50, 3, 5).sum(axis=2)
-    assert (per_budget == 5).all()
+    assert (per_budget == 4).all(), "one run less than there are, as the rescaled bootstrap wants"
     assert len(np.unique(found.weights, axis=0)) > 45
+
+
+def test_budgets_of_unlike_size_keep_their_weight_and_their_variance():
+    """Mean weight 1 for every run; the variance of a budget's mean is that of its sample, (1 / m) S^2 with m - 1."""
+    strata = np.repeat([0, 1], [3, 8])
+    counts = pair_counts(strata, 40_000, np.random.default_rng(0))
+    assert counts.mean(axis=0) == pytest.approx(np.ones(11), abs=0.02)
+    noise = np.random.default_rng(1).normal(size=11)
+    for stratum, m in ((0, 3), (1, 8)):
+        of = strata == stratum
+        means = counts[:, of] @ noise[of] / m
+        assert means.var() == pytest.approx(noise[of].var(ddof=1) / m, rel=0.03)
+
+
+def test_one_stratum_is_the_plain_bootstrap():
+    counts = pair_counts(np.zeros(9, dtype=int), 200, np.random.default_rng(0))
+    assert (counts.sum(axis=1) == 9).all() and (counts == counts.round()).all()
 
 
 def test_wild_signs_are_shared_within_a_trunk():
