@@ -73,7 +73,6 @@ class Obey:
         is_main: the one rank that looks at the clock.
         log_every_steps: the longest way between two exchanges, in updates.
         event: writes a line of events.jsonl.
-        rendezvous_s: how often sleeping ranks meet.
     """
 
     def __init__(
@@ -88,15 +87,10 @@ class Obey:
         log_every_steps: int,
         checkpoint_every_s: float,
         event: Callable[..., None],
-        rendezvous_s: float = RENDEZVOUS_S,
     ) -> None:
         self.ranks, self.orders, self.stop, self.timing = ranks, orders, stop, timing
         self.device, self.is_main, self.event = device, is_main, event
-        self.log_every_steps, self.checkpoint_every_s, self.rendezvous_s = (
-            log_every_steps,
-            checkpoint_every_s,
-            rendezvous_s,
-        )
+        self.log_every_steps, self.checkpoint_every_s = log_every_steps, checkpoint_every_s
         self.rest_s = 0.0
         self._duty_percent = 100
         self._next = 1
@@ -193,7 +187,7 @@ class Obey:
 
     def _doze(self) -> None:
         """Until the next meeting, or until this rank knows that the pause is over; then it waits for the others."""
-        deadline = time.monotonic() + self.rendezvous_s
+        deadline = time.monotonic() + RENDEZVOUS_S
         while (left := deadline - time.monotonic()) > 0 and self.stop.reason is None:
             if self.orders is not None and self.orders.read().level != "pause":
                 return

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from orders import CARD, HandWatchdog
-from toy_run import steps_of, train_here
+from toy_run import make_toy_run, steps_of, train_here, write_shards
 
 from homelab_scaling import codec
+from homelab_scaling.box import detect_box
 from homelab_scaling.errors import Stopped, StoppedByWatchdog
 from homelab_scaling.specs import WatchLimits
+from homelab_scaling.sweep import local
 from homelab_scaling.train import obey, orders
 from homelab_scaling.train.hooks import Hooks
 
@@ -184,7 +186,7 @@ def test_a_silent_watchdog_is_replaced_and_the_run_goes_on(make_run, watchdog, m
     calls = []
     monkeypatch.setattr(orders, "ensure_alive", lambda machine: calls.append(machine.path) or "started another")
     spec, folder = make_run()
-    silent = At(u7=lambda: watchdog.status(t_s=time.time() - 60), u19=lambda: watchdog.status())
+    silent = At(u7=lambda: watchdog.status(t_s=time.time() - 60), u19=watchdog.status)
     assert train_here(spec, folder, [silent]).status == "finished"
     assert calls == [watchdog.machine.path], "once, not at every look"
     assert [e["state"] for e in events_of(folder, "watchdog")] == ["silent", "heard again"]
@@ -252,3 +254,50 @@ def test_looks_are_about_two_seconds_apart_and_never_further_than_a_log_interval
         return next(u for u in range(101, 200) if one.due(u)) - 100
 
     assert [next_look(s) for s in (0.001, 0.1, 0.5, 1.9, 60.0)] == [50, 20, 4, 1, 1]
+
+
+RECIPE = Path(__file__).resolve().parents[1] / "support" / "quick_to_obey.py"
+
+
+@pytest.mark.slow
+def test_two_ranks_obey_at_the_same_step_and_the_ladder_ends_with_3(tmp_path: Path, watchdog, monkeypatch) -> None:
+    manifest = write_shards(tmp_path / "shards")
+    horizons = (200, 400)
+    spec, alone = make_toy_run(tmp_path, manifest, lab="one", horizons=horizons)
+    watchdog.order("ok")
+    train_here(spec, alone)
+    spec, folder = make_toy_run(
+        tmp_path, manifest, lab="two", horizons=horizons, n_processes=2, microbatch_seqs_per_rank=4
+    )
+    command = local.launch_command
+    monkeypatch.setattr(
+        local, "launch_command", lambda *a: [str(RECIPE) if x.endswith("pretrain.py") else x for x in command(*a)]
+    )
+    watchdog.order("slow", duty=0.5)
+    script = [("pause", 20), ("ok", 20), ("stop", 60)]
+
+    def play() -> None:
+        for level, update in script:
+            while len(steps_of(folder)) <= update:
+                time.sleep(0.02)
+            if level == "ok":
+                while not events_of(folder, "paused"):
+                    time.sleep(0.02)
+                time.sleep(0.5)
+            watchdog.order(level, duty=0.9)
+
+    player = threading.Thread(target=play, daemon=True)
+    player.start()
+    outcome = local.run_all([(spec, folder)], detect_box(), print)
+    player.join(timeout=60)
+    assert outcome.exit_code == 3 and "it is hot" in outcome.watchdog and outcome.finished == ()
+    record = folder.read_record()
+    assert (record.status, record.stopped_by) == ("stopped", "watchdog") and record.seconds_paused > 0.4
+    assert [e["duty"] for e in events_of(folder, "paced")][:2] == [0.5, 0.9]
+    (segment,) = events_of(folder, "segment")
+    assert len(segment["pids"]) == 2 and len(events_of(folder, "paused")) == 1
+    watchdog.order("ok")
+    assert local.run_all([(spec, folder)], detect_box(), print).exit_code == 0
+    one, two = steps_of(alone), steps_of(folder)
+    assert [x["update"] for x in two] == [x["update"] for x in one]
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-4)
