@@ -68,6 +68,8 @@ def main(args: Args) -> int:
     machine = link.machine_folder(args.lab)
     if args.once:
         return _once(args, machine)
+    if args.command:
+        return _guard_command(args, machine)
     return _guard(args, machine)
 
 
@@ -80,11 +82,20 @@ def _once(args: Args, machine: "MachineFolder") -> int:
     return 0
 
 
+def _guard_command(args: Args, machine: "MachineFolder") -> int:
+    from homelab_scaling.watch.foreign import guard_command
+    from homelab_scaling.watch.signals import Signals
+
+    with Signals() as signals:
+        return guard_command(args.command, machine, signals=signals, say=lambda text: _say(f"watchdog: {text}"))
+
+
 def _guard(args: Args, machine: "MachineFolder") -> int:
     from homelab_scaling.watch import watchdog_loop
     from homelab_scaling.watch.apart import SensorsApart
+    from homelab_scaling.watch.signals import Signals
 
-    with watchdog_loop.sole_watchdog(machine) as mine, watchdog_loop.Signals() as signals:
+    with watchdog_loop.sole_watchdog(machine) as mine, Signals() as signals:
         if not mine:
             _say(f"a watchdog is there already: {_who(args)}")
             return 0

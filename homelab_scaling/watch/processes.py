@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,16 @@ def family(root: int) -> list[int]:
                 queue.append(pid)
     alive = {p.pid for p in everyone}
     return [pid for pid in found if pid in alive]
+
+
+def identified(pids: Iterable[int]) -> dict[int, int]:
+    """Pid -> when that process started: a pid used again is not taken for it."""
+    return {pid: process.start_ticks for pid in pids if (process := look_up(pid)) is not None}
+
+
+def still(known: Mapping[int, int]) -> list[int]:
+    """Those of `identified` that are alive."""
+    return [pid for pid, ticks in known.items() if (p := look_up(pid)) is not None and p.start_ticks == ticks]
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> None:

@@ -6,7 +6,6 @@ One process per machine. It writes only LAB/machine (see link.py). The sensors l
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import time
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from homelab_scaling import codec
@@ -228,7 +226,7 @@ class Watchdog:
             if seen is None or seen.started_s != one.started_s:
                 seen = self._seen[one.run_id] = _first_seen(one)
                 self._forget_end(one)
-            if any(_is_same(pid, ticks) for pid, ticks in seen.ticks.items()):
+            if processes.still(seen.ticks):
                 alive.append(one)
             else:
                 self._drop(one, "none of its processes is there")
@@ -275,8 +273,12 @@ class Watchdog:
         self._signal(one, signal.SIGCONT)  # what is stopped hears nothing
 
     def _signal(self, one: Registration, number: signal.Signals) -> None:
-        for pid, ticks in self._seen[one.run_id].ticks.items():
-            if _is_same(pid, ticks):
+        for pid in processes.still(self._seen[one.run_id].ticks):
+            if (
+                one.foreign and number != signal.SIGTERM
+            ):  # its ranks are not registered, and may lead groups of their own
+                processes.send(processes.family(pid), number)
+            else:
                 processes.end(pid, number)
 
 
@@ -296,11 +298,6 @@ def _first_seen(one: Registration) -> _Seen:
     # A registration left behind by a power cut names pids that may be anybody's by now.
     mine = {pid: p.start_ticks for pid, p in found.items() if p and processes.started_s(p) < one.started_s + 60}
     return _Seen(started_s=one.started_s, ticks=mine)
-
-
-def _is_same(pid: int, start_ticks: int) -> bool:
-    process = processes.look_up(pid)
-    return process is not None and process.start_ticks == start_ticks
 
 
 def _limits(registrations: list[Registration], uuids: set[str]) -> dict[str, WatchLimits]:
@@ -333,44 +330,6 @@ def _mend(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the process itself
-
-
-class Signals:
-    """SIGTERM, SIGINT and SIGHUP as a wish; `sleep` ends early when one comes."""
-
-    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.caught: signal.Signals | None = None
-
-    def asked(self) -> bool:
-        return self.caught is not None
-
-    def sleep(self, seconds: float) -> None:
-        """Sleeps, unless a signal came or comes."""
-        deadline = time.monotonic() + seconds
-        while not self.asked() and (left := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(BlockingIOError):
-                if select.select([self._read], [], [], left)[0]:
-                    os.read(self._read, 64)
-
-    def __enter__(self) -> "Signals":
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._note) for number in self.CAUGHT}
-        return self
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._read)
-        os.close(self._write)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from homelab_scaling.specs import WatchLimits
 from homelab_scaling.watch import link, processes, watchdog_loop
 from homelab_scaling.watch.apart import SensorsApart
 from homelab_scaling.watch.link import Ended, MachineFolder, Registration
+from homelab_scaling.watch.signals import Signals
 from homelab_scaling.watch.watchdog_loop import Options, Turn, Watchdog, run_watchdog
 
 T0 = 1_800_000_000.0
@@ -458,7 +459,7 @@ def test_a_glance_at_the_lock_is_no_watchdog(machine: MachineFolder) -> None:
 
 
 def test_a_signal_ends_a_sleep_at_once() -> None:
-    with watchdog_loop.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         begun = time.monotonic()
         signals.sleep(10)
