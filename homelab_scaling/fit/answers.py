@@ -321,10 +321,11 @@ def assumptions(report: FitReport, fit: ScalingFit, law: Law, asked: Questions) 
         where = f"of the text and tokenizer of {report.source}; on other text only the shape of the law carries over"
     else:
         where = f"on the held-out text of {report.source}, for its tokenizer, its data and its training recipe"
+    fresh = asked.unique_tokens is None or "n_tokens_unique" not in law.axes
     said = [
         f"Loss is cross-entropy in nats per token {where}.",
         f"N counts {'all' if report.count == 'total' else report.count} parameters; every run finishes its schedule; "
-        "every token is new.",
+        + ("every token is new." if fresh else "tokens beyond the different ones are whole further epochs."),
     ]
     if law.splits:
         said.append(

@@ -10,6 +10,7 @@ import pytest
 
 from homelab_scaling import cli
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.answers import Questions, predict
 from homelab_scaling.fit.catalogue import CATALOGUE, open_fit
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.laws import CHINCHILLA, get_law
@@ -292,3 +293,11 @@ def test_the_command_line_reads_the_published_table(capsys):
     assert cli.main(argv) == 0
     (fit,) = json.loads(capsys.readouterr().out)["fits"]
     assert fit["law"] == ON_C4 and set(fit["parameters"]) == {"E", "A", "B", "alpha", "beta", "R_D", "R_N"}
+
+
+def test_a_prediction_says_that_tokens_are_repeated_only_when_they_are():
+    report = open_fit("muennighoff-2023-repeated")
+    for unique, said in ((None, "every token is new"), (1e10, "tokens beyond the different ones are whole further")):
+        made = predict(report, Questions(params=1e9, tokens=4e10, unique_tokens=unique))
+        assert said in made.assumes[1]
+    assert made.loss.at["n_tokens_unique"] == 1e10
