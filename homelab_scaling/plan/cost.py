@@ -13,7 +13,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.counting import count_params, flops_per_token, pad_vocab
 from homelab_scaling.plan.peaks import find_card, peak_bf16_flops, why_no_peak
-from homelab_scaling.runs import run_folders
+from homelab_scaling.runs import Row, run_folders
 from homelab_scaling.specs import ModelShape, Money, Precision
 
 # CPU, fp32, our chunked loss: fitted to the quickstart's five rungs of 54k to 874k parameters (2 cores of a 2023 Xeon,
@@ -61,6 +61,9 @@ class MeasuredRate:
     n_processes: int
     precision: Precision
     tokens_per_s: float
+    watts: float | None = None
+    """Mean power at the plug while it ran, from measured card energy; None where there was no sensor."""
+    watts_err_frac: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +93,19 @@ def measured_rates(labs: Iterable[Path]) -> tuple[MeasuredRate, ...]:
                     n_processes=record.machine.n_processes,
                     precision=spec.science.precision,
                     tokens_per_s=row.tokens_per_s,
+                    watts=_measured_watts(row),
+                    watts_err_frac=row.kwh_wall_err_frac,
                 )
                 for row in (record.rows if record else ())
                 if record is not None and row.tokens_per_s
             )
     return tuple(found)
+
+
+def _measured_watts(row: Row) -> float | None:
+    if row.kwh_wall is None or not row.seconds or row.kwh_from == "stated watts":
+        return None
+    return row.kwh_wall * 3.6e6 / row.seconds
 
 
 def predict_rate(
@@ -113,7 +124,7 @@ def predict_rate(
         m.tokens_per_s
         for m in measured
         if (m.shape, m.n_vocab, m.n_processes, m.precision) == (shape, n_vocab, n_processes, precision)
-        and (m.device == box.device or (not box.on_gpu and m.device.startswith("cpu")))
+        and _is_here(m, box)
     ]
     if same:
         return Rate(
@@ -173,10 +184,31 @@ def run_seconds(rate: Rate, *, n_tokens_trained: int, n_tokens_validated: int, b
     return start_s + (n_tokens_trained + VALIDATION_COST_FRAC * n_tokens_validated) / rate.tokens_per_s
 
 
-def predict_power(box: Box, n_processes: int, stated_watts: float | None) -> Power | None:
-    """Watts while training: what the user states for the whole machine, or the cards' rated board power, or None."""
+def predict_power(
+    box: Box,
+    n_processes: int,
+    stated_watts: float | None,
+    *,
+    shape: ModelShape | None = None,
+    measured: Sequence[MeasuredRate] = (),
+    money: Money | None = None,
+) -> Power | None:
+    """Watts while training, from the best ground there is; None where there is none.
+
+    In this order: what the user states for this plan, what finished rows measured (of the same shape, else of any on as
+    many ranks), what [money] states, the cards' rated board power.
+    """
     if stated_watts is not None:
         return Power(watts=stated_watts, basis=f"stated: {stated_watts:g} W for the whole machine")
+    seen = [m for m in measured if m.watts is not None and m.n_processes == n_processes and _is_here(m, box)]
+    seen = [m for m in seen if m.shape == shape] or seen
+    if seen:
+        watts = statistics.median(m.watts or 0.0 for m in seen)
+        err = max((m.watts_err_frac for m in seen if m.watts_err_frac is not None), default=None)
+        basis = f"measured on this box ({len(seen)} row{'s' * (len(seen) > 1)}), at the wall plug"
+        return Power(watts=watts, basis=basis + ("" if err is None else f", within {err:.0%}"))
+    if money is not None and money.watts is not None:
+        return Power(watts=money.watts, basis=f"stated in [money]: {money.watts:g} W for the whole machine")
     card = find_card(box.device) if box.on_gpu else None
     if card is None:
         return None
@@ -186,9 +218,13 @@ def predict_power(box: Box, n_processes: int, stated_watts: float | None) -> Pow
     )
 
 
+def _is_here(seen: MeasuredRate, box: Box) -> bool:
+    return seen.device == box.device or (not box.on_gpu and seen.device.startswith("cpu"))
+
+
 def why_no_power(box: Box) -> str:
     """The reason to store where `predict_power` gave None."""
-    return f"no watts are stated for {box.device}; give --watts"
+    return f"no watts are stated for {box.device}; give --watts, or [money] watts"
 
 
 def kwh_of(seconds: float, power: Power) -> float:
@@ -196,11 +232,16 @@ def kwh_of(seconds: float, power: Power) -> float:
     return power.watts * seconds / 3.6e6
 
 
-def usd_of(seconds: float | None, kwh: float | None, money: Money) -> float | None:
-    """Money by the [money] table: energy plus machine time, as far as they are known; None where neither is."""
-    energy = None if kwh is None or money.usd_per_kwh is None else kwh * money.usd_per_kwh
-    machine = (
-        None if seconds is None or money.usd_per_machine_hour is None else seconds / 3600 * money.usd_per_machine_hour
+def usd_parts(seconds: float | None, kwh: float | None, money: Money) -> tuple[float | None, float | None]:
+    """Money for energy and for machine time by the [money] table; None where amount or price is unknown."""
+    per_kwh, per_hour = money.usd_per_kwh, money.usd_per_machine_hour
+    return (
+        None if kwh is None or per_kwh is None else kwh * per_kwh,
+        None if seconds is None or per_hour is None else seconds / 3600 * per_hour,
     )
-    parts = [part for part in (energy, machine) if part is not None]
+
+
+def usd_of(seconds: float | None, kwh: float | None, money: Money) -> float | None:
+    """Energy and machine time together, as far as they are known; None where neither is."""
+    parts = [part for part in usd_parts(seconds, kwh, money) if part is not None]
     return sum(parts) if parts else None

@@ -128,7 +128,6 @@ def plan_ladder(
     )
     rungs = tuple(plan_rung(given, rung) for rung in ladder.rungs)
     warnings.extend(_across_rungs(ladder, rungs))
-    power = cost.predict_power(box, max(r.placement.n_processes for r in rungs), watts)
     runs: tuple[RunSpec, ...] = ()
     if corpus is not None:
         runs = tuple(
@@ -148,7 +147,8 @@ def plan_ladder(
         val_tokens=given.val_tokens,
         rungs=rungs,
         totals=_totals(ladder, rungs),
-        energy_basis=power.basis if power else cost.why_no_power(box),
+        energy_basis="; ".join(dict.fromkeys(r.bill.power.basis for r in rungs if r.bill.power))
+        or cost.why_no_power(box),
         warnings=tuple(dict.fromkeys(warnings)),
         runs=runs,
     )
@@ -235,6 +235,8 @@ def _totals(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> Totals:
         seconds=total([r.bill.seconds for r in rungs]),
         kwh=total([r.bill.kwh for r in rungs]),
         usd=total([r.bill.usd for r in rungs]),
+        usd_energy=total([r.bill.usd_energy for r in rungs]),
+        usd_machine=total([r.bill.usd_machine for r in rungs]),
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from homelab_scaling.box import Box
-from homelab_scaling.plan.cost import Rate
+from homelab_scaling.plan.cost import Power, Rate
 from homelab_scaling.plan.counting import ParamCount
 from homelab_scaling.plan.memory import LossPath, VramEstimate
 from homelab_scaling.specs import ModelShape, OptimizerName, Precision, RunSpec
@@ -114,6 +114,11 @@ class Bill:
     seconds: float | None
     kwh: float | None
     usd: float | None
+    """Energy and machine time together, as far as they are known."""
+    usd_energy: float | None = None
+    usd_machine: float | None = None
+    power: Power | None = None
+    """Behind `kwh`."""
     unknown: dict[str, str] = field(default_factory=dict)
     """Field -> why it is None."""
 
@@ -143,6 +148,8 @@ class Totals:
     """One run after the other."""
     kwh: float | None
     usd: float | None
+    usd_energy: float | None = None
+    usd_machine: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

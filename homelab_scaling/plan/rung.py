@@ -407,9 +407,12 @@ def plan_bill(
     tokens = n_seeds * sum(launch.tokens_trained for launch in launches)
     known = [launch.seconds for launch in launches if launch.seconds is not None]
     seconds = n_seeds * sum(known) if rate is not None else None
-    power = cost.predict_power(box, placement.n_processes, given.watts)
+    power = cost.predict_power(
+        box, placement.n_processes, given.watts, shape=size.shape, measured=given.measured, money=money
+    )
     kwh = cost.kwh_of(seconds, power) if seconds is not None and power is not None else None
     usd = cost.usd_of(seconds, kwh, money)
+    usd_energy, usd_machine = cost.usd_parts(seconds, kwh, money)
     unknown = {}
     if rate is None:
         unknown["rate"] = unknown["seconds"] = cost.why_no_rate(box, training.precision)
@@ -426,5 +429,8 @@ def plan_bill(
         seconds=seconds,
         kwh=kwh,
         usd=usd,
+        usd_energy=usd_energy,
+        usd_machine=usd_machine,
+        power=power,
         unknown=unknown,
     )

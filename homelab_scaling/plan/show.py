@@ -227,6 +227,8 @@ def _notes(plan: Plan) -> list[str]:
             rates.setdefault(rung.bill.rate.basis, []).append(rung.name)
     notes += [f"speed of {', '.join(names) if len(rates) > 1 else 'all'}: {basis}" for basis, names in rates.items()]
     notes.append(f"energy: {plan.energy_basis}")
+    if plan.totals.usd_energy is not None and plan.totals.usd_machine is not None:
+        notes.append(f"USD: {money(plan.totals.usd_energy)} energy, {money(plan.totals.usd_machine)} machine time")
     if plan.totals.kwh is None and plan.totals.usd is not None:
         notes.append("USD counts machine hours only, because the energy is unknown")
     reasons = dict.fromkeys(reason for r in plan.rungs for reason in r.bill.unknown.values())

@@ -134,6 +134,55 @@ def test_energy_needs_stated_watts(cpu: Box) -> None:
     assert (rated.watts, "rated" in rated.basis) == (640.0, True)
 
 
+def test_measured_watts_beat_stated_ones_and_both_beat_the_rating(cpu: Box) -> None:
+    box = box_with("RTX 4080", 2)
+    seen = MeasuredRate(
+        shape=SMALL, n_vocab=50_257, device="RTX 4080", n_processes=2, precision="bf16", tokens_per_s=1.0, watts=500.0,
+        watts_err_frac=0.15,
+    )  # fmt: skip
+    other = dataclasses.replace(seen, shape=dataclasses.replace(SMALL, n_layer=7), watts=300.0)
+    stated = Money(watts=444.0)
+    power = predict_power(box, 2, None, shape=SMALL, measured=(seen, other), money=stated)
+    assert power is not None and power.watts == 500
+    assert power.basis == "measured on this box (1 row), at the wall plug, within 15%"
+    larger = dataclasses.replace(SMALL, n_layer=9)
+    near = predict_power(box, 2, None, shape=larger, measured=(seen, other), money=stated)
+    assert near is not None and near.watts == 400, "the nearest there is: other sizes on the same cards"
+    flag = predict_power(box, 2, 60.0, shape=SMALL, measured=(seen,), money=stated)
+    assert flag is not None and flag.watts == 60, "who states it for this plan is believed"
+    for nothing in ({"watts": None}, {"n_processes": 1}, {"device": "RTX 3090"}):
+        power = predict_power(box, 2, None, shape=SMALL, measured=(dataclasses.replace(seen, **nothing),), money=stated)
+        assert power is not None and (power.watts, "[money]" in power.basis) == (444, True), nothing
+    assert predict_power(cpu, 1, None, money=Money()) is None
+
+
+def test_a_plan_prices_energy_and_machine_time_apart(cpu: Box) -> None:
+    ladder, _ = read_ladder("quickstart")
+    money = Money(usd_per_kwh=0.5, usd_per_machine_hour=2.0, watts=100.0)
+    plan = plan_ladder(dataclasses.replace(ladder, money=money), None, cpu)
+    t = plan.totals
+    assert t.seconds is not None and t.kwh == pytest.approx(100 * t.seconds / 3.6e6)
+    assert t.usd_energy == pytest.approx(0.5 * t.kwh) and t.usd_machine == pytest.approx(2 * t.seconds / 3600)
+    assert t.usd == pytest.approx(t.usd_energy + t.usd_machine) and "[money]" in plan.energy_basis
+
+
+def test_a_row_tells_the_watts_of_its_run_unless_they_were_only_stated(
+    lab: Path, cpu: Box, make_corpus: object
+) -> None:
+    ladder, _ = read_ladder("quickstart")
+    first = plan_ladder(ladder, make_corpus(), cpu)
+    for spec, source in zip(first.runs[:2], ("counter", "stated watts"), strict=True):
+        folder = RunFolder(lab / ladder.name / "runs" / spec.run_id)
+        codec.write_json(folder.spec, spec)
+        record = _finished(spec, 1000.0)
+        row = dataclasses.replace(record.rows[0], seconds=3600.0, kwh_wall=0.2, kwh_from=source, kwh_wall_err_frac=0.15)
+        codec.write_json(folder.record, dataclasses.replace(record, rows=(row,)))
+    rates = cost.measured_rates([lab / ladder.name])
+    assert sorted(r.watts or 0 for r in rates) == [0, pytest.approx(200.0)]
+    again = plan_ladder(ladder, make_corpus(), cpu, measured=rates)
+    assert "measured on this box (1 row)" in again.energy_basis and again.totals.kwh is not None
+
+
 def test_money_counts_what_is_priced() -> None:
     both = Money(usd_per_kwh=0.5, usd_per_machine_hour=2.0)
     assert usd_of(1800, 3.0, both) == pytest.approx(1.5 + 1.0)
