@@ -102,6 +102,8 @@ class WatchLimits:
     recover_below_c: float = 15.0
     recover_after_s: float = 120.0
     """Below `recover_below_c` for this long, pacing is eased by one step."""
+    min_hold_s: float = 30.0
+    """No level is lowered before it was held this long."""
     duty_step_down: float = 0.10
     duty_step_up: float = 0.05
     duty_min: float = 0.20
@@ -128,7 +130,7 @@ class WatchLimits:
         )
         for key in ("interval_s", "move_every_s", "hang_kill_s", "resume_after_s", "recover_after_s"):
             require(getattr(self, key) > 0, f"watch.{key} = {getattr(self, key)}, wants a positive number")
-        for key in ("slow_after_s", "alarm_after_s", "pauses_within_s"):
+        for key in ("slow_after_s", "alarm_after_s", "pauses_within_s", "min_hold_s"):
             require(getattr(self, key) >= 0, f"watch.{key} = {getattr(self, key)}, wants 0 or more")
         require(40 <= self.slowdown_c <= 120, f"watch.slowdown_c = {self.slowdown_c}, wants 40 to 120")
         for key in ("duty_step_down", "duty_step_up", "duty_min", "vram_warn_frac", "throttle_warn_frac"):

@@ -1,7 +1,7 @@
 """When to warn, slow, pause and stop: a pure state machine, `judge(state, sample) -> (state, verdict)`.
 
 No clock, no file, no driver: time is the sample's. Temperatures are judged by their distance to the card's own slowdown
-limit. Upwards it acts at once or after a short hold; downwards only after a hold of at least `MIN_HOLD_S`, so that no
+limit. Upwards it acts at once or after a short hold; downwards only after a hold of at least `min_hold_s`, so that no
 level comes and goes faster than that. A reading that is missing, stuck or impossible is unknown: nothing is relaxed and
 nothing is slowed because of it, but work on a card that was hot when it fell silent is stopped.
 """
@@ -13,8 +13,6 @@ from homelab_scaling.specs import WatchLimits
 from homelab_scaling.watch.link import CardStatus, Level, Order, Transition
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
 
-MIN_HOLD_S = 30.0
-"""The shortest time after which a level is ever lowered."""
 STALE_S = 5.0
 """Silence that makes a reading stale (or five polls, if they are slower)."""
 BLIND_STOP_S = 300.0
@@ -254,7 +252,7 @@ def _wanted(card: CardState, look: _Look) -> CardState:
         if card.level == "pause":
             stop = _over(card, look)  # this pause may be one too many
             return card if stop is None else replace(card, level="stop", reason=stop)
-    return _with_warning(card, _warnings(card, look), look.now)
+    return _with_warning(card, _warnings(card, look), look)
 
 
 def _over(card: CardState, look: _Look) -> str | None:
@@ -289,13 +287,17 @@ def _blind(card: CardState, look: _Look) -> str | None:
 
 def _after_stop(card: CardState, now: float, limits: WatchLimits) -> CardState:
     """A stopped card is free again once it is cold; what stopped it is forgotten."""
-    if card.cold_since_s is None or now - max(card.cold_since_s, card.since_s) < max(limits.resume_after_s, MIN_HOLD_S):
+    if card.cold_since_s is None or now - max(card.cold_since_s, card.since_s) < max(
+        limits.resume_after_s, limits.min_hold_s
+    ):
         return card
     return replace(card, level="ok", duty=1.0, reason="cold again", pauses_s=(), hot_since_s=None, calm_since_s=now)
 
 
 def _after_pause(card: CardState, now: float, limits: WatchLimits) -> CardState:
-    if card.cold_since_s is None or now - max(card.cold_since_s, card.since_s) < max(limits.resume_after_s, MIN_HOLD_S):
+    if card.cold_since_s is None or now - max(card.cold_since_s, card.since_s) < max(
+        limits.resume_after_s, limits.min_hold_s
+    ):
         return card
     duty = _stepped(card.duty - limits.duty_step_down, limits)
     return replace(card, level="slow", duty=duty, reason="cold after a pause", moved_s=now, hot_since_s=None)
@@ -309,13 +311,13 @@ def _paced(card: CardState, now: float, slowdown: float, limits: WatchLimits) ->
         recent = tuple(s for s in card.pauses_s if now - s <= limits.pauses_within_s)
         reason = f"{t:.0f} C, {slowdown - t:.0f} C below slowdown"
         return replace(card, level="pause", reason=reason, pauses_s=(*recent, now), hot_since_s=None, cold_since_s=None)
-    may_move = now - card.moved_s >= max(limits.move_every_s, MIN_HOLD_S)
+    may_move = now - card.moved_s >= max(limits.move_every_s, limits.min_hold_s)
     if card.hot_since_s is not None and now - card.hot_since_s >= limits.slow_after_s and may_move:
         duty = _stepped(card.duty - limits.duty_step_down, limits)
         if duty < card.duty:
             reason = f"{t:.0f} C for {now - card.hot_since_s:.0f} s"
             return replace(card, level="slow", duty=duty, reason=reason, moved_s=now)
-    held = max(limits.recover_after_s, MIN_HOLD_S)
+    held = max(limits.recover_after_s, limits.min_hold_s)
     if card.duty < 1 and card.cool_since_s is not None and now - card.cool_since_s >= held and may_move:
         duty = min(1.0, round(card.duty + limits.duty_step_up, 6))
         level: Level = "slow" if duty < 1 else "ok"
@@ -362,15 +364,15 @@ def _warnings(card: CardState, look: _Look) -> list[str]:
     return said
 
 
-def _with_warning(card: CardState, said: list[str], now: float) -> CardState:
+def _with_warning(card: CardState, said: list[str], look: _Look) -> CardState:
     """Raises a warning at once and lifts it after a hold; pacing, where there is any, stays what it is."""
     if card.level == "slow":
         return card
     if said:
         return replace(card, level="warn", reason="; ".join(said), calm_since_s=None)
-    calm = now if card.calm_since_s is None else card.calm_since_s
+    calm = look.now if card.calm_since_s is None else card.calm_since_s
     card = replace(card, calm_since_s=calm)
-    if card.level == "warn" and now - max(calm, card.since_s) >= MIN_HOLD_S:
+    if card.level == "warn" and look.now - max(calm, card.since_s) >= look.limits.min_hold_s:
         return replace(card, level="ok", reason="")
     return card
 

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homelab_scaling.specs import WatchLimits
-from homelab_scaling.watch.policy import BLIND_STOP_S, MIN_HOLD_S, initial_state, judge, strictest
+from homelab_scaling.watch.policy import BLIND_STOP_S, initial_state, judge, strictest
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
 
 CARD = CardFacts(uuid="GPU-a", index=0, name="a card", vram_bytes=16 * 2**30, slowdown_c=95.0)
+MIN_HOLD_S = WatchLimits.min_hold_s
 RANK = {"ok": 0, "warn": 1, "slow": 2, "pause": 3, "stop": 4}
 
 
