@@ -7,6 +7,7 @@ from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
 from homelab_scaling.fit.result import Estimate, FitReport, ScalingFit
 from homelab_scaling.fit.words import listed, number, short
+from homelab_scaling.report.bills import energy_and_money
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading
 from homelab_scaling.report.words import (
@@ -30,7 +31,7 @@ def what_was_run(view: LabView) -> list[Block]:
     if lines:
         blocks.append(Bullets(items=tuple(lines)))
     if view.rows:
-        blocks.append(_rows_table(view))
+        blocks += [_rows_table(view), *energy_and_money(view)]
     unfinished = [run for run in view.runs if run.status != "finished"]
     if unfinished:
         rows = tuple(
@@ -123,7 +124,7 @@ def _rows_table(view: LabView) -> Grid:
         "FLOPs, time and cost as if the row had been run alone (rows of one trunk share most of their bill)."
     )
     if gone:
-        caption += f" Not known here: {listed(gone)}{_why_unknown(view)}."
+        caption += f" Not known here: {listed(gone)}{_why_unknown(view, gone)}."
     return Grid(
         head=tuple(head for head, _ in kept),
         rows=tuple(zip(*(cells for _, cells in kept), strict=True)),
@@ -132,8 +133,13 @@ def _rows_table(view: LabView) -> Grid:
     )
 
 
-def _why_unknown(view: LabView) -> str:
-    reasons = dict.fromkeys(why for run in view.runs if run.record for why in run.record.unknown.values())
+UNKNOWN_COLUMNS = {"kWh": "kwh", "cost": "usd", "MFU": "mfu_frac", "tokens/s": "tokens_per_s"}
+
+
+def _why_unknown(view: LabView, gone: list[str]) -> str:
+    wanted = {UNKNOWN_COLUMNS[head] for head in gone if head in UNKNOWN_COLUMNS}
+    unknown = [run.record.unknown for run in view.runs if run.record]
+    reasons = dict.fromkeys(why for one in unknown for column, why in one.items() if column in wanted)
     return f" ({'; '.join(reasons)})" if reasons else ""
 
 
