@@ -156,6 +156,19 @@ class _Batch:
         return members
 
 
+def _curvature(
+    model: Model, state: Array, *, weights: Array, slopes: tuple[Array, Array, Array], exact: NDArray[np.bool_]
+) -> Array:
+    """The majoriser's matrix, or the exact Hessian for the members that are near enough for it, (R, P, P)."""
+    slope, majoriser, curvature = slopes
+    if not exact.any():
+        return model.hessian(state, weights * majoriser, None)
+    if exact.all():
+        return model.hessian(state, weights * curvature, slope)
+    both = np.where(exact[:, None], curvature, majoriser)
+    return model.hessian(state, weights * both, np.where(exact[:, None], slope, 0.0))
+
+
 def _step(
     model: Model,
     objective: Objective,
@@ -178,10 +191,9 @@ def _step(
     norm = np.max(np.abs(gradient) / (scale + 1e-300), axis=1)
     # Where the residuals are rounding noise, noise over noise would never look balanced.
     norm = np.where(np.abs(slope).max(axis=1) < RESIDUAL_FLOOR, 0.0, norm)
-    hessian = model.hessian(state, weights * majoriser, None)
-    size = np.maximum(np.einsum("rpp->rp", hessian), 1e-14 * np.einsum("rpp->r", hessian)[:, None]) + 1e-30
-    if exact.any():
-        hessian[exact] = model.hessian(state[:, exact], (weights * curvature)[exact], slope[exact])
+    hessian = _curvature(model, state, weights=weights, slopes=(slope, majoriser, curvature), exact=exact)
+    diagonal = np.abs(np.einsum("rpp->rp", hessian))
+    size = np.maximum(diagonal, 1e-14 * diagonal.sum(axis=1)[:, None]) + 1e-30
     hessian = np.where(held[:, :, None] | held[:, None, :], 0.0, hessian)
     root = np.sqrt(size)
     scaled = hessian / root[:, :, None] / root[:, None, :]
