@@ -149,23 +149,28 @@ class _Watched:
                     quantity.refresh(now_s)
             except Fault as fault:
                 self.lose(fault)
-        if self.lost is not None:
-            return CardReading(uuid=self.facts.uuid, state="lost", error=self.lost)
-        values = {field: v for q in self._quantities for field, v in zip(q.fields, q.values, strict=True)}
+        values: dict[str, Any] = {}
+        if self.lost is None:
+            values = {field: v for q in self._quantities for field, v in zip(q.fields, q.values, strict=True)}
         counter_j, power_w = values.pop("counter_j", None), values.get("power_w")
         gap_s = max(LONGEST_GAP_S, 1.5 * interval_s)  # the slow interval is itself 5 s
         self._meter.add(now_s, counter_j=counter_j, power_w=power_w, longest_gap_s=gap_s)
         energy_j = self._meter.total_j
+        energy: dict[str, Any] = {}
+        if energy_j is not None:
+            energy = {"energy_j": energy_j, "energy_gap_s": self._meter.gap_s}
+            counted = counter_j is not None or (self.lost is not None and self.facts.has_energy_counter)
+            energy["energy_from"] = "counter" if counted else "integrated"
+        if self.lost is not None:
+            return CardReading(uuid=self.facts.uuid, state="lost", error=self.lost, **energy)
         failing = {field: q.error for q in self._quantities for field in q.fields if q.error is not None}
-        blind = "temperature_c" in failing or len(failing) == len(values)
+        blind = "temperature_c" in failing or (failing and all(v is None for v in values.values()))
         return CardReading(
             uuid=self.facts.uuid,
             state="error" if blind else "ok",
-            energy_j=energy_j,
-            energy_from=None if energy_j is None else "integrated" if counter_j is None else "counter",
-            energy_gap_s=None if energy_j is None else self._meter.gap_s,
             error="; ".join(f"{field}: {why}" for field, why in failing.items()) or None,
             **values,
+            **energy,
         )
 
     def lose(self, fault: Fault) -> None:

@@ -4,6 +4,7 @@ A file begins with a line of facts (`{"facts": [...]}`); a line per sample follo
 Full files move to gpu.1.jsonl, gpu.2.jsonl ... and the oldest goes. A line that a killed writer left torn is skipped.
 """
 
+import errno
 import json
 import os
 import time
@@ -20,8 +21,8 @@ from homelab_scaling.watch.meter import PollTimes, percentile
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
 
 MIB = 1024**2
-MAX_BYTES, KEEP = 32 * MIB, 3
-"""Two cards at 1 Hz write about 45 MB a day: four files of 32 MiB hold three days."""
+MAX_BYTES, KEEP = 32 * MIB, 4
+"""Two cards at 1 Hz write about 60 MB a day: five files of 32 MiB hold more than a run of 48 hours."""
 DIGITS = {"t_s": 3, "poll_s": 6, "power_w": 2, "energy_j": 2, "energy_gap_s": 2}
 FASTEST_REPLAY_S = 0.05
 """A replay asks to be polled at most this often; above 20x, samples are passed over."""
@@ -39,11 +40,17 @@ class Recording:
         """
         self.path, self.max_bytes, self.keep = path, max_bytes, keep
         self._facts: tuple[CardFacts, ...] | None = None
+        self._torn = False
+        """The last write failed, perhaps in the middle of a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = self._open()
 
     def append(self, sample: Sample, facts: tuple[CardFacts, ...]) -> None:
-        """Writes one sample; `facts` only where they changed or a file begins."""
+        """Writes one sample; `facts` only where they changed or a file begins.
+
+        Raises:
+            OSError: the disk is full or gone; the next append may work again.
+        """
         text = b""
         if facts != self._facts or self._file.tell() == 0:
             text = _line({"facts": codec.to_plain(facts)})
@@ -51,16 +58,19 @@ class Recording:
         if self._file.tell() and self._file.tell() + len(text) > self.max_bytes:
             self._rotate()
             text = _line({"facts": codec.to_plain(facts)}) + _line(_compact(sample))
-        self._file.write(text)
-        self._facts = facts
+        if self._torn:
+            text = b"\n" + text
+        self._torn = True
+        if self._file.write(text) < len(text):  # a disk that fills up takes a part without a word
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._torn, self._facts = False, facts
 
     def close(self) -> None:
         self._file.close()
 
     def _open(self) -> BinaryIO:
         file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (kept open: one write per sample)
-        if file.tell() and not _ends_in_newline(self.path):
-            file.write(b"\n")  # a torn line of a killed writer must not swallow the next one
+        self._torn = file.tell() > 0 and not _ends_in_newline(self.path)  # by a writer that was killed
         return file
 
     def _rotate(self) -> None:
@@ -93,14 +103,17 @@ _USUAL = {f.name: f.default for f in fields(CardReading) if f.default is not MIS
 def _compact(sample: Sample) -> dict[str, Any]:
     """A sample as plain data without defaults, rounded to what sensors know."""
     cards = [
-        {
-            name: round(value, DIGITS[name]) if name in DIGITS and value is not None else value
-            for name, value in vars(card).items()
-            if name not in _USUAL or value != _USUAL[name]
-        }
+        {n: _short(n, value) for n, value in vars(card).items() if n not in _USUAL or value != _USUAL[n]}
         for card in sample.cards
     ]
     return {"t_s": round(sample.t_s, 3), "poll_s": round(sample.poll_s, 6), "cards": cards}
+
+
+def _short(name: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    value = round(value, DIGITS.get(name, 4))
+    return int(value) if value.is_integer() else value
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -1,6 +1,8 @@
 """The sensors on bindings made of Python, and the two instruments they carry: energy and poll times."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +88,21 @@ def test_nothing_to_measure_energy_with_is_none_and_said() -> None:
     assert sensors.facts[0].missing["energy_j"].startswith("no energy counter (code 3")
 
 
+def test_a_card_that_answers_nothing_now_is_in_error_and_one_without_a_sensor_is_not() -> None:
+    one = card(Temperature=NVMLError(3), PowerUsage=100_000)
+    sensors = Sensors(api=FakeNvml(one))
+    assert sensors.poll(0.0).cards[0].state == "ok"
+    for name in ("PowerUsage", "MemoryInfo_v2"):
+        one[name] = NVMLError(999)
+    reading = sensors.poll(1.0).cards[0]
+    assert (reading.state, reading.error) == (
+        "error",
+        "power_w: code 999; vram_used_bytes: code 999; vram_reserved_bytes: code 999",
+    )
+    one["PowerUsage"] = 100_000
+    assert sensors.poll(2.0).cards[0].state == "ok"
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -125,6 +142,14 @@ def test_no_driver_is_a_sentence_and_empty_samples(monkeypatch: pytest.MonkeyPat
     assert "reinstall nvidia-ml-py" in str(Sensors().error)
     with pytest.raises(ImportError, match="nvidia-ml-py"):
         list_cards()
+
+
+def test_nobody_else_imports_the_bindings() -> None:
+    library = Path(gpu.__file__).parents[1]
+    importing = re.compile(r"^\s*(?:import|from) pynvml|import_module\(.pynvml", re.MULTILINE)
+    folders = [library, library.parent / "tools", library.parent / "recipes"]
+    found = [p for folder in folders for p in folder.rglob("*.py") if importing.search(p.read_text(encoding="utf-8"))]
+    assert found == [Path(gpu.__file__)]
 
 
 def test_the_driver_is_let_go_of() -> None:

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +143,7 @@ def test_a_lost_card_is_lost_alone_and_never_asked_again(driver: StubDriver, ask
     for t_s in range(2, 6):
         lost, other = asked.ask(float(t_s))["cards"]
         assert (lost["state"], lost["error"], lost["temperature_c"]) == ("lost", "GPU is lost", None)
+        assert (lost["energy_j"], lost["energy_gap_s"]) == (0, t_s - 1), "what it used stays known, and since when not"
         assert (other["state"], other["temperature_c"]) == ("ok", 45)
     driver.find_again(0)  # its handle is stale all the same
     assert asked.ask(6.0)["cards"][0]["state"] == "lost"
@@ -253,6 +257,41 @@ def test_a_slow_driver_is_asked_less_often(driver: StubDriver, asked: Asked) -> 
     for n in range(1, 4):
         assert asked.ask(float(n))["poll_s"] > 0.05
     assert asked.ask("times")[2] == 5.0
+
+
+def test_a_driver_that_hangs_or_crashes_takes_its_caller_along(driver: StubDriver, asked: Asked) -> None:
+    """Why the watchdog keeps the sensors in a process of their own."""
+    asked.ask("facts")
+    driver.hang(1)
+    assert asked.process.stdin is not None and asked.process.stdout is not None
+    asked.process.stdin.write("1.0\n")
+    asked.process.stdin.flush()
+    assert select.select([asked.process.stdout], [], [], 0.3)[0] == []
+    driver.release(1)
+    assert json.loads(asked.process.stdout.readline())["cards"][1]["state"] == "ok"
+    driver.crash(0)
+    asked.process.stdin.write("2.0\n")
+    asked.process.stdin.flush()
+    assert asked.end() == -signal.SIGABRT
+
+
+def test_a_script_changes_values_while_the_block_runs(driver: StubDriver, asked: Asked) -> None:
+    asked.ask("facts")
+    with driver.script([(0.0, 0, {"temperature_c": 80}), (0.1, 0, {"temperature_c": 60, "power_w": 99.0})]) as done:
+        assert done.wait(5)
+    reading = asked.ask(1.0)["cards"][0]
+    assert (reading["temperature_c"], reading["power_w"]) == (60, 99)
+
+
+def test_the_counter_of_the_stand_in_runs_with_its_power(tmp_path: Path, start: Callable[..., Asked]) -> None:
+    with StubDriver(tmp_path / "running") as driver:
+        driver.set(0, power_w=2000.0)
+        asked = start(driver)
+        began, _ = time.monotonic(), asked.ask(1000.0)
+        time.sleep(0.2)
+        energy_j = asked.ask(1001.0)["cards"][0]["energy_j"]
+        assert 0.2 * 2000 <= energy_j <= (time.monotonic() - began) * 2000
+        assert asked.end() == 0
 
 
 def test_a_refusing_driver_is_said(driver: StubDriver, start: Callable[..., Asked]) -> None:

@@ -86,6 +86,27 @@ def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
     assert [s.t_s for _, s in read_recording(path)] == [1.0, 2.0, 4.0]
 
 
+def test_a_disk_that_was_full_for_a_while_costs_those_samples(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    recording = Recording(path)
+    recording.append(sample(1.0), FACTS)
+    real = recording._file
+
+    class Full:
+        tell, close = real.tell, real.close
+
+        def write(self, text: bytes) -> int:
+            return real.write(text[:20])  # what a file system does with its last block
+
+    recording._file = Full()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space"):
+        recording.append(sample(2.0), FACTS)
+    recording._file = real
+    recording.append(sample(3.0), FACTS)
+    recording.close()
+    assert [s.t_s for _, s in read_recording(path)] == [1.0, 3.0]
+
+
 def test_new_facts_are_written_when_they_change(tmp_path: Path) -> None:
     path = tmp_path / "gpu.jsonl"
     other = (*FACTS, CardFacts(uuid="GPU-b", index=1, name="other", vram_bytes=8))
