@@ -19,8 +19,8 @@ def energy_and_money(view: LabView) -> list[Block]:
     if not rows:
         return []
     priced = any(row.usd is not None for row in rows)
-    head = ("rung", "D", "kWh, cards", "kWh, plug", "J/token", "kWh/Mtoken")
-    head += ("energy", "machine", "together") if priced else ()
+    prices = ("energy", "machine", "together") if priced else ()
+    head = ("rung", "D", "kWh, cards", "kWh, plug", "J/token", "kWh/Mtoken", *prices)
     lines = [_line(row, priced) for row in rows]
     lines.append(_total(rows, priced))
     return [

@@ -77,7 +77,7 @@ def make_bill(clock: Clock, names: list[str], money: Money, wall: WallModel) -> 
 def why_unknown(clock: Clock, money: Money, why_no_meter: str) -> dict[str, str]:
     """Column -> reason, for a row whose energy or money is unknown."""
     energy = why_no_meter
-    if clock.metered_s:
+    if math.fsum(clock.metered_s.values()) > 0:
         energy = f"less than {MIN_METERED_FRAC:.0%} of the time was metered"
     energy += "; [money] watts would give an estimate"
     return {

@@ -11,6 +11,7 @@ import gc
 import math
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from homelab_scaling.train.journal import Diverged, Journal, how_it_ended
 from homelab_scaling.train.keeper import Keeper
 from homelab_scaling.train.ledger import make_record, make_row
 from homelab_scaling.train.meter import Meter, Pending
-from homelab_scaling.train.model import LanguageModel, build_model, sdpa_backend
+from homelab_scaling.train.model import LanguageModel, build_model
 from homelab_scaling.train.obey import Agreed, Code, Obey
 from homelab_scaling.train.optim import MaskedAdamW
 from homelab_scaling.train.orders import connect
@@ -40,6 +41,7 @@ from homelab_scaling.train.session import (
     about_segment,
     choose,
     describe_machine,
+    segment_facts,
     start_accelerator,
     sum_over_ranks,
 )
@@ -98,8 +100,18 @@ class Trainer:
             science=self.science,
             data_id=self.shards.manifest.data_id,
         )
-        self.evaluate_full = self._evaluator(self.science.val_tokens)
-        self.evaluate_curve = self._evaluator(min(self.execution.curve_tokens, self.science.val_tokens))
+        evaluator = partial(
+            Evaluator,
+            self.shards,
+            context_tokens=self.science.shape.context_tokens,
+            rank=self.rank,
+            world_size=self.world_size,
+            batch_seqs=self._validation_batch(),
+            device=self.device,
+            sum_over_ranks=sum_over_ranks,
+        )
+        self.evaluate_full = evaluator(n_tokens=self.science.val_tokens)
+        self.evaluate_curve = evaluator(n_tokens=min(self.execution.curve_tokens, self.science.val_tokens))
 
         self.update = 0
         self.step = 0
@@ -122,18 +134,6 @@ class Trainer:
             log_every_steps=self.execution.log_every_steps,
             checkpoint_every_s=self.execution.checkpoint_every_s,
             event=self.journal.event,
-        )
-
-    def _evaluator(self, n_tokens: int) -> Evaluator:
-        return Evaluator(
-            self.shards,
-            context_tokens=self.science.shape.context_tokens,
-            n_tokens=n_tokens,
-            rank=self.rank,
-            world_size=self.world_size,
-            batch_seqs=self._validation_batch(),
-            device=self.device,
-            sum_over_ranks=sum_over_ranks,
         )
 
     def _validation_batch(self) -> int:
@@ -383,24 +383,8 @@ class Trainer:
             self.write_record("running", "in progress")
 
     def _segment(self, skipped: list[str]) -> dict[str, Any]:
-        return {
-            "update": self.update,
-            "step": self.step,
-            "pids": self.pids,
-            "n_processes": self.world_size,
-            "microbatch_seqs_per_rank": self.execution.microbatch_seqs_per_rank,
-            "accumulation": self.accumulation,
-            "device": self.machine.device,
-            "compile": self.choices.compile,
-            "compile_reason": self.choices.compile_reason,
-            "loss_path": self.choices.loss_path,
-            "loss_reason": self.choices.loss_reason,
-            "sdpa": sdpa_backend(self.model, self.device, self._compute_dtype()),
-            "skipped_checkpoints": skipped,
-        }
-
-    def _compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.science.precision == "bf16" else torch.float32
+        done = {"update": self.update, "step": self.step, "pids": self.pids, "skipped_checkpoints": skipped}
+        return done | segment_facts(self.spec, self.choices, self.machine, self.model, self.device)
 
     # ------------------------------------------------------------------------------------------------- telling
 

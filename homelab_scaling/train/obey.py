@@ -106,8 +106,10 @@ class Obey:
             self._synchronize()
         self._busy_s += time.monotonic() - began
         self._n_busy += 1
-        if self.rest_s > 0:
-            self.timing.rest(self.rest_s)
+        left = self.rest_s
+        while left > 0 and self.stop.reason is None:
+            self.timing.rest(min(DOZE_S, left))
+            left -= DOZE_S
 
     def note_step(self, step_s: float) -> None:
         """An update's seconds, measured where the device was waited for."""

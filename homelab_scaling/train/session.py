@@ -16,6 +16,7 @@ from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.plan.memory import LossPath, choose_loss_path
 from homelab_scaling.runs import Machine
 from homelab_scaling.specs import ExecutionSpec, RunSpec
+from homelab_scaling.train.model import LanguageModel, sdpa_backend
 
 MAX_COMPILE_SHARE = 0.10
 
@@ -131,6 +132,24 @@ def about_segment(spec: RunSpec, choices: Choices, machine: Machine, *, step: in
         f"({choices.loss_reason})"
     )
     return "\n".join(said)
+
+
+def segment_facts(
+    spec: RunSpec, choices: Choices, machine: Machine, model: LanguageModel, device: torch.device
+) -> dict[str, object]:
+    """How a segment is executed, for its entry in events.jsonl."""
+    dtype = torch.bfloat16 if spec.science.precision == "bf16" else torch.float32
+    return {
+        "n_processes": machine.n_processes,
+        "microbatch_seqs_per_rank": spec.execution.microbatch_seqs_per_rank,
+        "accumulation": spec.execution.accumulation_steps(spec.science),
+        "device": machine.device,
+        "compile": choices.compile,
+        "compile_reason": choices.compile_reason,
+        "loss_path": choices.loss_path,
+        "loss_reason": choices.loss_reason,
+        "sdpa": sdpa_backend(model, device, dtype),
+    }
 
 
 def describe_machine(device: torch.device, n_processes: int) -> Machine:

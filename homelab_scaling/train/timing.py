@@ -78,7 +78,7 @@ class Timing:
             return
         lap = self.meter.lap()
         metered_s = lap.seconds - lap.unseen_s
-        if lap.joules == 0.0 and metered_s <= 0.0:
+        if lap.joules == 0.0 and abs(metered_s) < 1e-6:  # nothing was seen
             return
         self._note("energy_j", key, lap.joules)
         self._note("metered_s", key, metered_s)
