@@ -1,4 +1,4 @@
-"""What comes next, as pure functions: seconds left with a range, the trend of a temperature, the watchdog's next act."""
+"""What comes next, as pure functions: seconds left with a range, a temperature's trend, the watchdog's next act."""
 
 import math
 from collections.abc import Sequence
@@ -90,29 +90,32 @@ def duration(seconds: float) -> str:
 
 
 def next_act(card: CardNow, limits: WatchLimits) -> tuple[str, float]:
-    """What the watchdog would do next with one card, in a sentence, and in how many seconds (infinite: not in sight)."""
+    """What the watchdog would do next with a card, in a sentence, and in how many seconds (infinite: not in sight)."""
     if card.state == "lost":
         return "stays stopped: the driver has lost the card, which usually takes a reboot", 0.0
     if card.temperature_c is None or card.state == "error" or card.health not in ("ok", "unknown"):
         why = card.error or card.missing.get("temperature_c") or card.missing.get("temperature") or card.health
         return f"is watched without a temperature ({why})", 60.0
-    if card.level == "stop":
-        return _falling(card, limits.resume_below_c, limits.resume_after_s, "may work again"), 0.0
-    if card.level == "pause":
-        return _falling(card, limits.resume_below_c, limits.resume_after_s, "resumes"), 0.0
-    below = [("slows", limits.slow_below_c), ("pauses", limits.pause_below_c), ("stops", 0.0)]
-    hot = card.slowdown_c - limits.slow_below_c <= card.temperature_c
-    if card.level == "slow":
-        eases = card.temperature_c < card.slowdown_c - limits.recover_below_c
-        if not hot and (card.slope_c_per_min or 0.0) <= 0:
-            if eases:
-                return f"eases off by {100 * limits.duty_step_up:.0f} % every {limits.recover_after_s:.0f} s", 0.0
-            return _falling(card, limits.recover_below_c, limits.recover_after_s, "eases off"), 0.0
-        below = below[1:]
-    elif hot:
+    if card.level in ("stop", "pause"):
+        act = "may work again" if card.level == "stop" else "resumes"
+        return _falling(card, limits.resume_below_c, limits.resume_after_s, act), 0.0
+    hot = card.temperature_c >= card.slowdown_c - limits.slow_below_c
+    if card.level == "slow" and not hot and (card.slope_c_per_min or 0.0) <= 0:
+        return _easing(card, limits), 0.0
+    if card.level != "slow" and hot:
         return f"slows: {card.temperature_c:.0f} C for {limits.slow_after_s:.0f} s is too long", 0.0
-    act, at = next((act, b) for act, b in below if card.temperature_c < card.slowdown_c - b or b == 0.0)
-    return _rising(card, act, card.slowdown_c - at)
+    acts = [("slows", limits.slow_below_c), ("pauses", limits.pause_below_c), ("stops", 0.0)]
+    act, below_c = next(
+        (a, b) for a, b in acts[card.level == "slow" :] if card.temperature_c < card.slowdown_c - b or not b
+    )
+    return _rising(card, act, card.slowdown_c - below_c)
+
+
+def _easing(card: CardNow, limits: WatchLimits) -> str:
+    assert card.temperature_c is not None
+    if card.temperature_c < card.slowdown_c - limits.recover_below_c:
+        return f"eases off by {100 * limits.duty_step_up:.0f} % every {limits.recover_after_s:.0f} s"
+    return _falling(card, limits.recover_below_c, limits.recover_after_s, "eases off")
 
 
 def _rising(card: CardNow, act: str, line_c: float) -> tuple[str, float]:
@@ -153,7 +156,7 @@ def soonest(cards: Sequence[CardNow], limits: Sequence[WatchLimits]) -> str | No
     order = {"stop": 0, "pause": 1, "slow": 2, "warn": 3, "ok": 3}
 
     def urgency(act: tuple[str, float, CardNow]) -> tuple[float, ...]:
-        text, seconds, card = act
+        _, seconds, card = act
         return (order[card.level], seconds, card.headroom_c if card.headroom_c is not None else -1.0)
 
     text, _seconds, card = min(acts, key=urgency)

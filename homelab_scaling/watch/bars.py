@@ -4,32 +4,23 @@ Everything is a `rich.text.Text` of one line. Nothing here cuts a number: a part
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.cells import cell_len
 from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
 ELLIPSIS = "…"
+MIN_TAIL = 12
+DROP = 2
 _ASCII = str.maketrans(
     {
-        **dict(zip("━╸─│╭╮╰╯├┤┬┴┼┃", "=-- ++++++++" + "+|", strict=False)),
-        "━": "=",
-        "╸": "-",
-        "─": "-",
-        "│": "|",
-        **dict.fromkeys("╭╮╰╯├┤┬┴┼", "+"),
-        "┃": "!",
-        **dict(zip(SPARKS, "_.:-=+*#", strict=True)),
-        "±": "~",
-        "·": "-",
-        "–": "-",
-        "…": "~",
-        "●": "*",
-        "→": ">",
-        "▲": "^",
-        **{chr(0x2800 + bits): " .::+++###"[min(9, bits.bit_count())] for bits in range(256)},
+        **dict(zip("━╸─│┃╭╮╰╯", "=--|!++++", strict=True)),
+        **dict(zip(SPARKS, "_.:-=+*#@"[:8], strict=True)),
+        **dict(zip("±·–…", "~--~", strict=True)),
+        **{chr(0x2800 + bits): " .::+++##"[bits.bit_count()] for bits in range(256)},
     }
 )
 
@@ -53,15 +44,23 @@ class Part:
     forms: tuple[Text, ...]
 
 
-def part(keep: int, *forms: str | Text) -> Part:
-    """A part from markup or texts, longest first."""
-    return Part(keep, tuple(form if isinstance(form, Text) else Text.from_markup(form) for form in forms))
+Piece = str | tuple[str, str]
+"""Words, or words and their style."""
 
 
-def fit(parts: Sequence[Part | None], width: int, *, gap: str = "   ") -> Text:
+def part(keep: int, *forms: str | Text | Sequence[Piece]) -> Part:
+    """A part from words, texts or pieces, longest form first."""
+    return Part(keep, tuple(form if isinstance(form, Text) else Text.assemble(*_pieces(form)) for form in forms))
+
+
+def _pieces(form: str | Sequence[Piece]) -> Sequence[Piece]:
+    return [form] if isinstance(form, str) else form
+
+
+def fit(parts: Sequence[Part | None], width: int, *, gap: str = "   ", tail: str | None = None) -> Text:
     """The parts in one line of at most `width`: first each gives up words, then the least important ones go.
 
-    The last one left is cut after a word where even it is too long.
+    The last one left is cut after a word where even it is too long; so is `tail`, which takes what room there is.
     """
     shown = [p for p in parts if p is not None and p.forms[0].cell_len]
     form = [0] * len(shown)
@@ -70,15 +69,18 @@ def fit(parts: Sequence[Part | None], width: int, *, gap: str = "   ") -> Text:
         return Text(gap).join(p.forms[f] for p, f in zip(shown, form, strict=True))
 
     while shown and line().cell_len > width:
-        can = [i for i, p in enumerate(shown) if form[i] + 1 < len(p.forms)]
-        lowest = min(range(len(shown)), key=lambda i: (shown[i].keep, -i))
-        if can:
-            i = min(can, key=lambda i: (shown[i].keep, -i))
+        # Words of a part go before a part that matters a little less does, and after one that matters much less.
+        prices = [p.keep if f + 1 < len(p.forms) else p.keep + DROP for p, f in zip(shown, form, strict=True)]
+        i = min(range(len(shown)), key=lambda i: (prices[i], -i))
+        if form[i] + 1 < len(shown[i].forms):
             form[i] += 1
         elif len(shown) > 1:
-            del shown[lowest], form[lowest]
+            del shown[i], form[i]
         else:
             return cut(line(), width)
+    room = width - line().cell_len - len(gap)
+    if tail and room >= MIN_TAIL:
+        return line().append(gap).append_text(cut(Text(tail), room))
     return line()
 
 
@@ -130,26 +132,20 @@ def bar(frac: float, width: int, style: str) -> Text:
     return drawn.append("─" * (width - full - half), "dim")
 
 
-def marked_bar(value: float, low: float, high: float, marks: Sequence[float], width: int, style: str) -> Text:
-    """A bar from `low` to `high` with a tick at each mark."""
-    drawn = bar((value - low) / (high - low), width, style)
-    for mark in marks:
-        at = round((mark - low) / (high - low) * width)
-        if 0 < at < width:
-            left, right = drawn[:at], drawn[at + 1 :]
-            drawn = left.append("┃", "dim").append(right)
-    return drawn
-
-
 def spark(values: Sequence[float | None], low: float, high: float, style: Callable[[float], str]) -> Text:
     """One sign per value; a blank where there is none."""
-    drawn = Text()
+    signs = []
     for value in values:
-        if value is None:
-            drawn.append(" ")
-            continue
-        share = (value - low) / (high - low) if high > low else 0.5
-        drawn.append(SPARKS[max(0, min(7, int(share * 8)))], style(value))
+        share = 0.5 if value is None or high <= low else (value - low) / (high - low)
+        signs.append((" ", "") if value is None else (SPARKS[max(0, min(7, int(share * 8)))], style(value)))
+    return styled(signs)
+
+
+def styled(signs: Iterable[tuple[str, str]]) -> Text:
+    """One text from single signs; neighbours of one style share a span."""
+    drawn = Text()
+    for style, run in groupby(signs, key=lambda sign: sign[1]):
+        drawn.append("".join(sign for sign, _ in run), style)
     return drawn
 
 
@@ -175,7 +171,7 @@ class Series:
 def chart(
     series: Sequence[Series], width: int, height: int, x: tuple[float, float], y: tuple[float, float]
 ) -> list[Text]:
-    """Braille dots, 2 x 4 to a cell; later series lie over earlier ones."""
+    """Braille dots, 2 x 4 to a cell; later series lie over earlier ones, and what is outside `y` is left out."""
     dots: dict[tuple[int, int], tuple[int, str]] = {}
 
     def put(column: int, row: int, style: str) -> None:
@@ -187,28 +183,28 @@ def chart(
     def place(point: tuple[float, float]) -> tuple[int, int]:
         across = (point[0] - x[0]) / (x[1] - x[0]) if x[1] > x[0] else 0.0
         up = (point[1] - y[0]) / (y[1] - y[0]) if y[1] > y[0] else 0.5
-        return round(across * (2 * width - 1)), round((1 - max(0.0, min(1.0, up))) * (4 * height - 1))
+        return round(across * (2 * width - 1)), round((1 - up) * (4 * height - 1))
 
     for one in series:
         before: tuple[int, int] | None = None
         for point in one.points:
-            if not (math.isfinite(point[0]) and math.isfinite(point[1])):
+            if not (math.isfinite(point[0]) and y[0] <= point[1] <= y[1]):
+                before = None
                 continue
             at = place(point)
             if before is not None and one.joined and 0 <= at[0] - before[0] <= width:
                 n = max(abs(at[0] - before[0]), abs(at[1] - before[1]), 1)
                 for i in range(1, n):
-                    put(round(before[0] + (at[0] - before[0]) * i / n), round(before[1] + (at[1] - before[1]) * i / n), one.style)
+                    put(
+                        round(before[0] + (at[0] - before[0]) * i / n),
+                        round(before[1] + (at[1] - before[1]) * i / n),
+                        one.style,
+                    )
             put(*at, one.style)
             before = at
-    lines = []
-    for row in range(height):
-        line = Text()
-        for column in range(width):
-            bits, style = dots.get((column, row), (0, ""))
-            line.append(chr(0x2800 + bits) if bits else " ", style)
-        lines.append(line)
-    return lines
+    blank = (0, "")
+    cells = [[dots.get((column, row), blank) for column in range(width)] for row in range(height)]
+    return [styled((chr(0x2800 + bits) if bits else " ", style) for bits, style in row) for row in cells]
 
 
 # -------------------------------------------------------------------------------------------------------- boxes
@@ -231,7 +227,7 @@ def ruled(lines: Sequence[Text], width: int, title: Text, right: Text | None = N
     head = fit([Part(1, (title,)), Part(0, (right,)) if right else None], width, gap="  ")
     if right is None or title.cell_len + right.cell_len + 2 <= width:
         n = width - title.cell_len - 1 - (right.cell_len + 1 if right else 0)
-        head = Text.assemble(title, " ", ("─" * max(0, n), style), *([" ", right] if right else []))
+        head = Text.assemble(title, " ", ("─" * max(0, n), style), " " if right else "", right or "")
     return [padded(head, width), *(padded(line, width) for line in lines)]
 
 

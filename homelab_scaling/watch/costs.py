@@ -123,7 +123,9 @@ def cost_of_record(record: dict[str, Any], money: Money) -> Cost:
         usd_energy_end=usd_energy,
         usd_machine=usd_machine,
         usd_machine_end=usd_machine,
-        usd_why=None if usd_energy is not None or usd_machine is not None else str(unknown.get("usd") or _why_no_money(money)),
+        usd_why=None
+        if usd_energy is not None or usd_machine is not None
+        else str(unknown.get("usd") or _why_no_money(money)),
     )
 
 
@@ -153,7 +155,9 @@ def together(costs: Sequence[Cost], *, queued_s: float | None, money: Money) -> 
         seconds=seconds or None,
         kwh=now("kwh"),
         kwh_end=end("kwh"),
-        kwh_why=None if now("kwh") is not None else next((c.kwh_why for c in costs if c.kwh_why), "nothing has run yet"),
+        kwh_why=None
+        if now("kwh") is not None
+        else next((c.kwh_why for c in costs if c.kwh_why), "nothing has run yet"),
         kwh_wall=now("kwh_wall"),
         kwh_wall_end=end("kwh_wall"),
         usd_energy=now("usd_energy"),

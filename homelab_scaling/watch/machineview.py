@@ -1,4 +1,4 @@
-"""The cards and their watchdog as the monitor sees them: status, samples, events and registrations under LAB/machine."""
+"""The cards and their watchdog as the monitor sees them: what lies under LAB/machine."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,7 +120,13 @@ class LiveMachine:
         if not fresh and self.asks_driver and self.open_sensors is not None:
             status = self._ask(now_s)
             return assemble(
-                status, self._history, self._events, registrations, now_s, state="direct", wall=read_wall_model(self.folder)
+                status,
+                self._history,
+                self._events,
+                registrations,
+                now_s,
+                state="direct",
+                wall=read_wall_model(self.folder),
             )
         self.close()
         ended = bool(self._events) and self._events[-1].get("kind") == "stop"
@@ -146,7 +152,9 @@ class LiveMachine:
             source=source.source,
             facts=source.facts,
             readings=sample.cards,
-            cards={card.uuid: CardStatus(health="unknown" if card.temperature_c is None else "ok") for card in sample.cards},
+            cards={
+                card.uuid: CardStatus(health="unknown" if card.temperature_c is None else "ok") for card in sample.cards
+            },
             sensor_error=source.error,
         )
 
@@ -178,13 +186,13 @@ def assemble(
     cards = tuple(
         _card(
             uuid,
-            next((f for f in facts if f.uuid == uuid), None),
-            next((c for c in readings if c.uuid == uuid), None),
-            judged.get(uuid, CardStatus(health="unknown")),
-            history.of(uuid, now_s),
-            limits[uuid],
-            now_s,
-            tuple(r.run_id for r in registrations if uuid in r.cards),
+            facts=next((f for f in facts if f.uuid == uuid), None),
+            reading=next((c for c in readings if c.uuid == uuid), None),
+            judged=judged.get(uuid, CardStatus(health="unknown")),
+            history=history.of(uuid, now_s),
+            limits=limits[uuid],
+            now_s=now_s,
+            runs=tuple(r.run_id for r in registrations if uuid in r.cards),
         )
         for uuid in limits
     )
@@ -213,16 +221,17 @@ def assemble(
 
 def _ahead(watchdog: Watchdog, cards: Sequence[CardNow], limits: Sequence[WatchLimits]) -> str:
     if watchdog.state == "silent":
-        return "nothing: the watchdog is silent; a run that is going on starts another, or start one with `homelab watchdog`"
+        return "nothing while the watchdog is silent; a run restarts it, and so does `homelab watchdog`"
     if watchdog.state in ("none", "direct"):
         if not cards:
-            return "nothing: there is no card to guard"
-        return "nothing: no watchdog is running; `homelab run` starts one, `homelab watchdog` too"
-    return soonest(cards, limits) or "nothing: there is no card to guard"
+            return "nothing, there is no card to guard"
+        return "nothing without a watchdog; `homelab run` starts one, and so does `homelab watchdog`"
+    return soonest(cards, limits) or "nothing, there is no card to guard"
 
 
 def _card(
     uuid: str,
+    *,
     facts: CardFacts | None,
     reading: CardReading | None,
     judged: CardStatus,
@@ -245,7 +254,11 @@ def _card(
         slowdown_c=limits.slowdown_c if facts is None or facts.slowdown_c is None else facts.slowdown_c,
         slowdown_assumed=assumed,
         power_w=reading.power_w,
-        power_limit_w=reading.power_limit_w if reading.power_limit_w is not None else facts.power_limit_w if facts else None,
+        power_limit_w=reading.power_limit_w
+        if reading.power_limit_w is not None
+        else facts.power_limit_w
+        if facts
+        else None,
         sm_clock_mhz=reading.sm_clock_mhz,
         sm_clock_max_mhz=facts.sm_clock_max_mhz if facts else None,
         vram_bytes=facts.vram_bytes if facts else None,
@@ -300,7 +313,9 @@ def _moment(event: Mapping[str, Any], names: Mapping[str, str]) -> Moment | None
         return Moment(t_s=t_s, who=who, text=f"{said}: {reason}" if reason else said, level=after)
     if kind in ("ended", "dropped"):
         word = "ended" if kind == "ended" else "no longer watched"
-        return Moment(t_s=t_s, who=str(event.get("run_id")), text=f"{word}: {reason}", level="stop" if kind == "ended" else "ok")
+        return Moment(
+            t_s=t_s, who=str(event.get("run_id")), text=f"{word}: {reason}", level="stop" if kind == "ended" else "ok"
+        )
     if kind in ("start", "stop"):
         return Moment(t_s=t_s, who="watchdog", text="started" if kind == "start" else f"ended: {reason}", level="ok")
     return Moment(t_s=t_s, who=str(kind), text=reason, level="warn") if reason else None

@@ -49,15 +49,13 @@ class RunLog:
     def feed(self, lines: Iterable[dict[str, Any]]) -> None:
         """Takes lines in; one that lacks what its kind needs is passed over."""
         for line in lines:
-            noise = line.get("noise_scale_tokens")
-            if _is_number(noise):
-                self.noise_scale_tokens = float(noise)
-            kind = line.get("kind")
+            self.noise_scale_tokens = number(line.get("noise_scale_tokens")) or self.noise_scale_tokens
+            kind, loss, tokens = line.get("kind"), number(line.get("loss")), number(line.get("tokens"))
             if kind == "step" and isinstance(line.get("update"), int):
-                self._step(line)
+                self._step(line, loss, tokens)
             elif kind == "rate":
                 self._rate(line)
-            elif kind == "val" and _is_number(line.get("loss")) and _is_number(line.get("tokens")):
+            elif kind == "val" and loss is not None and tokens is not None:
                 self.held.append(line)
 
     @property
@@ -73,44 +71,47 @@ class RunLog:
             Held(
                 tokens=int(line["tokens"]),
                 loss_nats=float(line["loss"]),
-                se_nats=float(line["loss_se"]) if _is_number(line.get("loss_se")) else None,
+                se_nats=number(line.get("loss_se")),
                 full=line.get("set") == "full",
             )
             for line in self.held
         )
 
-    def _step(self, line: dict[str, Any]) -> None:
-        loss, tokens = line.get("loss"), line.get("tokens")
-        self.update, self.phase = line["update"] + 1, str(line.get("phase", "trunk"))
-        self.lr = float(line["lr"]) if _is_number(line.get("lr")) else None
-        self.loss = float(loss) if _is_number(loss) else None  # type: ignore[arg-type]
-        if self.loss is None or not _is_number(tokens):
+    def _step(self, line: dict[str, Any], loss: float | None, tokens: float | None) -> None:
+        update: int = line["update"]
+        self.update, self.phase = update + 1, str(line.get("phase", "trunk"))
+        self.lr, self.loss = number(line.get("lr")), loss
+        if loss is None or tokens is None:
             return
         decay = self.phase.startswith("decay")
         last = self._points[-1] if self._points else None
         if last is not None and last.n < self._per_bin and last.decay == decay:
-            last.add(line["update"], int(tokens), self.loss)  # type: ignore[arg-type]
+            last.add(update, int(tokens), loss)
         else:
-            self._points.append(_Bin(line["update"], int(tokens), self.loss, decay))  # type: ignore[arg-type]
+            self._points.append(_Bin(update, int(tokens), loss, decay))
         if len(self._points) > MAX_POINTS:
             self._points = _halved(self._points)
             self._per_bin *= 2
 
     def _rate(self, line: dict[str, Any]) -> None:
-        seconds, tokens, update = line.get("interval_s"), line.get("interval_tokens"), line.get("update")
-        if not (_is_number(seconds) and _is_number(tokens) and isinstance(update, int)):
+        seconds, tokens, update = (
+            number(line.get("interval_s")),
+            number(line.get("interval_tokens")),
+            line.get("update"),
+        )
+        if not (seconds and tokens and seconds > 0 and tokens > 0 and isinstance(update, int)):
             return
-        if seconds > 0 and tokens > 0:  # type: ignore[operator]
-            self.rates.append(
-                Rate(
-                    update=update,
-                    interval_s=float(seconds),  # type: ignore[arg-type]
-                    interval_tokens=int(tokens),  # type: ignore[arg-type]
-                    mfu_frac=line["mfu"] if _is_number(line.get("mfu")) else None,
-                    vram_bytes=line["vram_bytes"] if _is_number(line.get("vram_bytes")) else None,
-                    power_w=line["power_w"] if _is_number(line.get("power_w")) else None,
-                )
+        vram = number(line.get("vram_bytes"))
+        self.rates.append(
+            Rate(
+                update=update,
+                interval_s=seconds,
+                interval_tokens=int(tokens),
+                mfu_frac=number(line.get("mfu")),
+                vram_bytes=None if vram is None else int(vram),
+                power_w=number(line.get("power_w")),
             )
+        )
 
 
 class _Bin:
@@ -140,5 +141,6 @@ def _halved(points: Sequence[_Bin]) -> list[_Bin]:
     return kept
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def number(value: object) -> float | None:
+    """The value if it is a number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

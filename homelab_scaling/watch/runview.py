@@ -85,20 +85,20 @@ class RunEye:
         if status in ("finished", "stopped", "diverged", "failed"):
             return status  # type: ignore[no-any-return]
         if status is None and not self._segments():
-            if self.spec is None and seen.problems:
-                return "unreadable"
-            return "queued"
-        last_s = max((t for t in (seen.logged_s, *(event_s(e) for e in seen.events[-1:])) if t), default=None)
-        age_s = now_s - last_s if last_s is not None else None
-        if not seen.is_alive and (age_s is None or age_s > FRESH_S):
+            return "unreadable" if self.spec is None and seen.problems else "queued"
+        last_s = max((t for t in (seen.logged_s, *(event_s(e) for e in seen.events[-1:])) if t), default=0.0)
+        if not seen.is_alive and now_s - last_s > FRESH_S:
             return "interrupted"
         if self._paused():
             return "paused"
+        return self._busy(now_s - last_s)
+
+    def _busy(self, age_s: float) -> RunState:
+        """How a run that lives is doing, by the age of its last word."""
         if not self._since_start():
             return "starting"
-        rates = self._rates()
-        quiet = max(QUIET_S, QUIET_INTERVALS * (rates[-1].interval_s if rates else 0.0))
-        if age_s is not None and age_s > quiet:
+        quiet = max(QUIET_S, QUIET_INTERVALS * self._rates()[-1].interval_s)
+        if age_s > quiet:
             return "silent"
         return "slowed" if self.duty < 1 else "running"
 
@@ -109,7 +109,7 @@ class RunEye:
         """The newest event of these kinds in this segment."""
         for event in reversed(self.seen.events if self.seen else ()):
             if event.get("kind") in kinds:
-                return event
+                return dict(event)
             if event.get("kind") == "segment":
                 return None
         return None
@@ -142,8 +142,9 @@ class RunEye:
     def _since_start(self) -> list[Rate]:
         """Every rate of this segment, its first one too."""
         segments = self._segments()
-        start = segments[-1].get("update") if segments else 0
-        return [r for r in self.log.rates if not isinstance(start, int) or r.update > start]
+        start = segments[-1].get("update") if segments else None
+        first: int = start if isinstance(start, int) else 0
+        return [r for r in self.log.rates if r.update > first]
 
     def _overhead_frac(self) -> float:
         """Seconds beside training per second of it in this segment: validations and checkpoints, not the waiting."""
@@ -178,6 +179,11 @@ class RunEye:
         return found
 
     # ------------------------------------------------------------------------------------------------ where it stands
+
+    @property
+    def n_params(self) -> int:
+        """0 where the spec cannot be read."""
+        return count_params(self.spec.science.shape, self.spec.science.n_vocab).n_params if self.spec else 0
 
     @property
     def n_updates(self) -> int:
@@ -226,7 +232,7 @@ class RunEye:
             run_id=spec.run_id,
             rung=spec.rung,
             seed=spec.science.seed,
-            n_params=count_params(spec.science.shape, spec.science.n_vocab).n_params,
+            n_params=self.n_params,
             state=self.state,
             reason=self._reason(),
             phase=_phase_words(phase) if phase else "all phases done" if self.state == "finished" else "",
@@ -316,7 +322,7 @@ class RunEye:
         left, _ = self.left()
         unknown = self.record.get("unknown")
         why = unknown.get("kwh") if isinstance(unknown, dict) else None
-        if not self._segments() and not self.log.rates:
+        if not self._segments() and not self.log.update:
             return Cost(kwh_why="it has not begun", usd_why="it has not begun")
         return cost_so_far(
             clock=seen.clock,
@@ -342,7 +348,7 @@ class RunEye:
             run_id=self.run_id,
             rung=spec.rung if spec else str(self.record.get("rung") or self.run_id),
             seed=science.seed if science else None,
-            n_params=count_params(science.shape, science.n_vocab).n_params if science else None,
+            n_params=self.n_params or None,
             state=self.state,
             reason=self._reason() or ("; ".join(self.seen.problems) if self.seen and self.seen.problems else None),
             done_frac=self.update / self.n_updates if self.n_updates else None,
@@ -366,4 +372,10 @@ class RunEye:
 
 def _phase_words(phase: Phase) -> str:
     goal = short(phase.horizon_tokens)
-    return f"decay to {goal}" if phase.kind == "decay" else f"trunk to {goal}" if phase.kind == "trunk" else f"cosine to {goal}"
+    return (
+        f"decay to {goal}"
+        if phase.kind == "decay"
+        else f"trunk to {goal}"
+        if phase.kind == "trunk"
+        else f"cosine to {goal}"
+    )

@@ -64,7 +64,9 @@ class Tail:
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         self._witness = (self._witness + whole)[-WITNESS_BYTES:]
-        return Fresh(lines=[line for line in map(_parse, whole.splitlines()) if line is not None], restarted=known and not same)
+        return Fresh(
+            lines=[line for line in map(_parse, whole.splitlines()) if line is not None], restarted=known and not same
+        )
 
     def _skip_to_end(self, size: int) -> None:
         self.skipped_start = self.first_bytes is not None and size > self.first_bytes

@@ -130,6 +130,7 @@ class LadderEye:
         self.law = LawEye(path)
         self.plan = Cached(path / "plan.json")
         self._fixed = feeds is not None
+        self._order: dict[str, int] = {}
 
     def list(self) -> None:
         """Takes up new run folders; the plan's runs come first, in its order."""
@@ -137,17 +138,21 @@ class LadderEye:
         planned = [str(r.get("run_id")) for r in plan.get("runs") or () if isinstance(r, dict) and r.get("run_id")]
         if not self._fixed:
             try:
-                here = sorted(p.name for p in (self.path / "runs").iterdir() if p.is_dir() and not p.name.startswith("."))
+                here = sorted(
+                    p.name for p in (self.path / "runs").iterdir() if p.is_dir() and not p.name.startswith(".")
+                )
             except OSError:
                 here = []
             known = {run.run_id: run for run in self.runs}
             names = dict.fromkeys([*planned, *(here if not planned else ())])
             self.runs = [known.get(name) or RunEye(FolderFeed(self.path / "runs" / name)) for name in names]
-        self.runs.sort(key=lambda run: planned.index(run.run_id) if run.run_id in planned else len(planned))
+        self._order = {name: i for i, name in enumerate(planned)}
 
     def look(self, now_s: float) -> None:
+        """Takes in what is new of every run."""
         for run in self.runs:
             run.look(now_s)
+        self.runs.sort(key=lambda run: (self._order.get(run.run_id, len(self._order)), run.n_params, run.run_id))
 
     def note_pids(self, pids: dict[str, tuple[int, ...]]) -> None:
         """More processes that may be the runs' own."""
