@@ -76,6 +76,19 @@ def test_the_last_power_carries_on_to_now_and_is_never_counted_twice(plant: Plan
     assert meter.lap().joules == pytest.approx(100)
 
 
+def test_a_guess_that_was_too_high_is_made_good(plant: Plant) -> None:
+    meter = plant.meter()
+    total = 0.0
+    for _ in range(10):
+        plant.run(1, 400)
+        plant.now += 0.9
+        total += meter.lap().joules  # the last power was 400 W, but nothing more will come
+        plant.now -= 0.9
+        plant.run(1, 0)
+        total += meter.lap().joules
+    assert 10 * 400 <= total <= 10 * 400 + 360
+
+
 def test_a_hole_in_the_counter_is_made_good_a_restart_is_not(plant: Plant) -> None:
     meter = plant.meter()
     plant.run(10, 200)
