@@ -1,0 +1,127 @@
+"""The noise scale's estimators against Gaussian gradients of known covariance."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from homelab_scaling import codec
+from homelab_scaling.batch.estimator import NoiseMeasurement, NoiseScale, ema_weights, fieller, noise_scale
+from homelab_scaling.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """g_i = G + e, e ~ N(0, diag(variance)), where B_simple = sum(variance) / |G|^2 exactly."""
+
+    gradient: np.ndarray
+    variance: np.ndarray
+
+    @property
+    def b_simple(self) -> float:
+        return float(self.variance.sum() / (self.gradient @ self.gradient))
+
+    def steps(self, rng: np.random.Generator, *, t: int, k: int, b: int) -> list[NoiseMeasurement]:
+        """T measuring steps of K micro-batches of b sequences."""
+        noise = rng.standard_normal((t, k, len(self.gradient))) * np.sqrt(self.variance / b)
+        g = self.gradient + noise
+        return [
+            NoiseMeasurement(
+                k=k,
+                microbatch_seqs=b,
+                mean_sq_norm=float(np.mean(np.sum(one * one, axis=1))),
+                sq_norm_of_mean=float(np.sum(one.mean(0) ** 2)),
+            )
+            for one in g
+        ]
+
+
+def world(d: int, b_simple: float, *, anisotropic: bool = True) -> World:
+    """Noise whose variances fall as 1 / sqrt(i), along the gradient no less than across it."""
+    rng = np.random.default_rng(3)
+    variance = np.arange(1, d + 1) ** -0.5 if anisotropic else np.ones(d)
+    gradient = rng.standard_normal(d) * np.sqrt(variance)
+    return World(gradient=gradient * np.sqrt(variance.sum() / b_simple / (gradient @ gradient)), variance=variance)
+
+
+def scale(steps: list[NoiseMeasurement], weights: np.ndarray | None = None) -> NoiseScale:
+    return noise_scale(steps, context_tokens=10, loss_nats=3.0, tokens_trained=1, n_params=1, weights=weights)
+
+
+def test_both_estimates_are_unbiased() -> None:
+    w = world(50, 30.0)
+    steps = w.steps(np.random.default_rng(0), t=20_000, k=4, b=2)
+    for name, truth in (("grad_sq", w.gradient @ w.gradient), ("trace", w.variance.sum())):
+        values = np.array([getattr(s, name) for s in steps])
+        assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize(("k", "b", "t", "b_simple"), [(8, 2, 50, 100.0), (8, 2, 50, 400.0), (4, 1, 50, 30.0)])
+def test_the_interval_covers(k: int, b: int, t: int, b_simple: float) -> None:
+    w = world(400, b_simple)
+    rng = np.random.default_rng(1)
+    covered = 0
+    n = 400
+    for _ in range(n):
+        s = scale(w.steps(rng, t=t, k=k, b=b))
+        truth = w.b_simple * 10
+        if s.ci95_tokens is not None:
+            covered += s.ci95_tokens[0] <= truth <= s.ci95_tokens[1]
+        else:
+            assert s.b_simple_tokens is None and s.why_no_number
+            covered += s.at_least_tokens is None or s.at_least_tokens <= truth
+    assert 0.92 <= covered / n <= 0.98
+
+
+def test_where_noise_drowns_the_gradient_it_says_at_least_and_gives_no_number() -> None:
+    w = world(200, 3000.0)
+    rng = np.random.default_rng(2)
+    found = [scale(w.steps(rng, t=30, k=2, b=1)) for _ in range(200)]
+    unbounded = [s for s in found if s.ci95_tokens is None]
+    assert len(unbounded) > 150
+    assert all(s.b_simple_seqs is None and s.b_simple_tokens is None for s in unbounded)
+    bounds = [s.at_least_tokens for s in unbounded]
+    assert all(bound is not None and bound > 0 for bound in bounds)
+    assert np.mean([bound <= w.b_simple * 10 for bound in bounds if bound is not None]) > 0.95
+    assert "at least" in unbounded[0].words and "not significantly" in (unbounded[0].why_no_number or "")
+
+
+def test_a_negative_mean_of_squares_still_gives_a_bound_and_no_noise_gives_an_upper_one() -> None:
+    rng = np.random.default_rng(4)
+    ratio = fieller(10 + rng.standard_normal(20), -0.5 + rng.standard_normal(20))
+    assert ratio.value is None and ratio.high is None and ratio.low is not None and ratio.low > 0
+    ratio = fieller(rng.standard_normal(20) - 0.1, 10 + rng.standard_normal(20))
+    assert ratio.value is None and ratio.low == 0.0 and ratio.high is not None and 0 < ratio.high < 0.2
+
+
+def test_an_exponential_average_weighs_both_means_alike_and_needs_no_clamp() -> None:
+    w = world(50, 30.0)
+    steps = w.steps(np.random.default_rng(0), t=40, k=8, b=2)
+    same = scale(steps, np.full(40, 0.3))
+    plain = scale(steps)
+    assert same.b_simple_tokens == pytest.approx(plain.b_simple_tokens)
+    assert same.ci95_tokens == pytest.approx(plain.ci95_tokens)
+    weights = ema_weights(40, half_life=5.0)
+    assert weights.sum() == pytest.approx(1.0) and weights[-6] == pytest.approx(weights[-1] / 2)
+    late = scale(steps, weights)
+    trace, grad_sq = (np.array([getattr(s, n) for s in steps]) for n in ("trace", "grad_sq"))
+    assert late.b_simple_seqs == pytest.approx((weights @ trace) / (weights @ grad_sq))
+    assert late.half_width_frac is not None and plain.half_width_frac is not None
+    assert late.half_width_frac > plain.half_width_frac  # fewer steps count
+
+
+def test_units_and_file(tmp_path: object) -> None:
+    s = scale(world(50, 30.0).steps(np.random.default_rng(0), t=40, k=8, b=2))
+    assert s.b_simple_seqs is not None and s.b_simple_tokens == pytest.approx(10 * s.b_simple_seqs)
+    assert codec.from_plain(codec.to_plain(s), NoiseScale, "x") == s
+
+
+@pytest.mark.parametrize(("k", "q", "say"), [(1, 1.0, "found 1 micro-batch"), (4, float("nan"), "not finite")])
+def test_what_cannot_be_measured_is_refused_in_a_sentence(k: int, q: float, say: str) -> None:
+    with pytest.raises(DataError, match=say):
+        NoiseMeasurement(k=k, microbatch_seqs=1, mean_sq_norm=q, sq_norm_of_mean=0.5)
+
+
+def test_two_steps_are_too_few() -> None:
+    with pytest.raises(DataError, match="found 2 measuring steps, wants 3 or more"):
+        fieller(np.ones(2), np.ones(2))
