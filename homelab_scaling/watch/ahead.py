@@ -114,8 +114,10 @@ def next_act(card: CardNow, limits: WatchLimits) -> tuple[str, float]:
 def _easing(card: CardNow, limits: WatchLimits) -> str:
     assert card.temperature_c is not None
     if card.temperature_c < card.slowdown_c - limits.recover_below_c:
-        return f"eases off by {100 * limits.duty_step_up:.0f} % every {limits.recover_after_s:.0f} s"
-    return _falling(card, limits.recover_below_c, limits.recover_after_s, "eases off")
+        return (
+            f"speeds up by {100 * limits.duty_step_up:.0f} % every {limits.recover_after_s:.0f} s while it is that cool"
+        )
+    return _falling(card, limits.recover_below_c, limits.recover_after_s, "speeds up again")
 
 
 def _rising(card: CardNow, act: str, line_c: float) -> tuple[str, float]:

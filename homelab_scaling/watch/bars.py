@@ -57,18 +57,21 @@ def _pieces(form: str | Sequence[Piece]) -> Sequence[Piece]:
     return [form] if isinstance(form, str) else form
 
 
-def fit(parts: Sequence[Part | None], width: int, *, gap: str = "   ", tail: str | None = None) -> Text:
+def fit(parts: Sequence[Part | None], width: int, *, gap: str = "   ") -> Text:
     """The parts in one line of at most `width`: first each gives up words, then the least important ones go.
 
-    The last one left is cut after a word where even it is too long; so is `tail`, which takes what room there is.
+    The last one left is cut after a word where even it is too long.
     """
     shown = [p for p in parts if p is not None and p.forms[0].cell_len]
     form = [0] * len(shown)
 
+    def length() -> int:
+        return sum(p.forms[f].cell_len for p, f in zip(shown, form, strict=True)) + cell_len(gap) * (len(shown) - 1)
+
     def line() -> Text:
         return Text(gap).join(p.forms[f] for p, f in zip(shown, form, strict=True))
 
-    while shown and line().cell_len > width:
+    while shown and length() > width:
         # Words of a part go before a part that matters a little less does, and after one that matters much less.
         prices = [p.keep if f + 1 < len(p.forms) else p.keep + DROP for p, f in zip(shown, form, strict=True)]
         i = min(range(len(shown)), key=lambda i: (prices[i], -i))
@@ -78,9 +81,6 @@ def fit(parts: Sequence[Part | None], width: int, *, gap: str = "   ", tail: str
             del shown[i], form[i]
         else:
             return cut(line(), width)
-    room = width - line().cell_len - len(gap)
-    if tail and room >= MIN_TAIL:
-        return line().append(gap).append_text(cut(Text(tail), room))
     return line()
 
 

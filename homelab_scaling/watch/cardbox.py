@@ -7,7 +7,20 @@ from rich.text import Text
 
 from homelab_scaling.watch import words
 from homelab_scaling.watch.ahead import called, duration
-from homelab_scaling.watch.bars import Part, Series, bar, binned, chart, cut, fit, padded, part, spark, wrapped
+from homelab_scaling.watch.bars import (
+    MIN_TAIL,
+    Part,
+    Series,
+    bar,
+    binned,
+    chart,
+    cut,
+    fit,
+    padded,
+    part,
+    spark,
+    wrapped,
+)
 from homelab_scaling.watch.frame import CardNow, Frame, Rung, Watchdog
 from homelab_scaling.watch.link import Level
 from homelab_scaling.watch.machineview import HISTORY_S
@@ -322,7 +335,7 @@ def rung_lines(frame: Frame, width: int, most: int) -> list[Text]:
     at = next((i for i, r in enumerate(rungs) if frame.run and r.run_id == frame.run.run_id), 0)
     n = min(most, len(rungs))
     first = max(0, min(at - n // 2, len(rungs) - n))
-    columns = _columns(rungs)
+    columns = _columns(rungs, width)
     lines = [
         _rung_line(rung, columns, width, frame.run is not None and rung.run_id == frame.run.run_id)
         for rung in rungs[first : first + n]
@@ -340,22 +353,35 @@ def rung_lines(frame: Frame, width: int, most: int) -> list[Text]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Widths of the list's columns."""
+    """What the list shows of each run, and how wide; the same for all of them."""
 
     with_seed: bool
     name: int
     state: int
     progress: int
+    shown: frozenset[str]
 
 
-def _columns(rungs: Sequence[Rung]) -> _Columns:
+OPTIONAL = (("loss", 11), ("time", 9), ("progress", 0), ("kwh", 10), ("usd", 8), ("size", 6), ("long time", 7))
+"""Columns in the order in which they are given room, and their widths; `long time` has room for an `about`."""
+
+
+def _columns(rungs: Sequence[Rung], width: int) -> _Columns:
     with_seed = len({r.seed for r in rungs}) > 1
-    return _Columns(
-        with_seed=with_seed,
-        name=min(24, max(len(_name(r, with_seed)) for r in rungs)),
-        state=max(len(r.state) for r in rungs),
-        progress=max(len(_progress(r)) for r in rungs),
-    )
+    name = min(24, max(len(_name(r, with_seed)) for r in rungs))
+    state, progress = max(len(r.state) for r in rungs), max(len(_progress(r)) for r in rungs)
+    there = {
+        "progress": progress > 0,
+        "kwh": any(r.kwh is not None for r in rungs),
+        "usd": any(r.usd is not None for r in rungs),
+    }
+    room, shown = width - name - state - 2, set()
+    for column, fixed in OPTIONAL:
+        wide = fixed or progress
+        if there.get(column, True) and room >= wide + 2:
+            room -= wide + (0 if column == "long time" else 2)
+            shown.add(column)
+    return _Columns(with_seed=with_seed, name=name, state=state, progress=progress, shown=frozenset(shown))
 
 
 def _name(rung: Rung, with_seed: bool) -> str:
@@ -372,26 +398,31 @@ def _progress(rung: Rung) -> str:
 
 def _rung_line(rung: Rung, columns: _Columns, width: int, focused: bool) -> Text:
     bad = rung.state in ("failed", "diverged", "stopped", "interrupted", "unreadable")
+    long = "long time" in columns.shown
     time = ""
     if rung.seconds is not None:
         time = duration(rung.seconds)
     elif rung.seconds_planned is not None and rung.state == "queued":
-        time = f"about {duration(rung.seconds_planned)}"
+        time = f"{'about ' if long else ''}{duration(rung.seconds_planned)}"
     loss = "" if rung.loss_nats is None else f"{LOSS_WORD[rung.loss_from or 'training']} {rung.loss_nats:.3f}"
-    kwh, usd = "" if rung.kwh is None else words.kwh(rung.kwh), "" if rung.usd is None else words.usd(rung.usd)
-    name = Text(_name(rung, columns.with_seed), "bold" if focused else "")
-    return fit(
+    cells = {
+        "size": f"{'' if rung.n_params is None else words.tokens(rung.n_params):>6}",
+        "progress": f"{_progress(rung):>{columns.progress}}",
+        "loss": f"{loss:>11}",
+        "time": f"{time:>{16 if long else 9}}",
+        "kwh": f"{'' if rung.kwh is None else words.kwh(rung.kwh):>10}",
+        "usd": f"{'' if rung.usd is None else words.usd(rung.usd):>8}",
+    }
+    said = [
+        cell for column, cell in cells.items() if column in columns.shown and not (bad and column in ("kwh", "usd"))
+    ]
+    line = Text("  ").join(
         [
-            part(9, padded(name, columns.name)),
-            part(8, padded(Text(rung.state, STATE_STYLE[rung.state]), columns.state)),
-            None if rung.n_params is None else part(1, f"{words.tokens(rung.n_params):>6}"),
-            part(5, f"{_progress(rung):>{columns.progress}}") if columns.progress else None,
-            part(7, f"{loss:>11}"),
-            part(6, f"{time:>16}", f"{time:>9}"),
-            part(3, f"{kwh:>10}") if kwh and not bad else None,
-            part(2, f"{usd:>8}") if usd and not bad else None,
-        ],
-        width,
-        gap="  ",
-        tail=rung.reason if bad else None,
+            padded(Text(_name(rung, columns.with_seed), "bold" if focused else ""), columns.name),
+            padded(Text(rung.state, STATE_STYLE[rung.state]), columns.state),
+            *(Text(cell) for cell in said),
+        ]
     )
+    if bad and rung.reason and width - line.cell_len >= MIN_TAIL:
+        line.append("  ").append_text(cut(Text(rung.reason), width - line.cell_len))
+    return cut(line, width)

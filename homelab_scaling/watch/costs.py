@@ -1,6 +1,7 @@
 """Energy and money of a run while it goes on: the last checkpoint's clock, the rates since, and what is left."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from homelab_scaling.specs import Money
@@ -35,57 +36,78 @@ def cost_so_far(
     since = [one for one in rates if one.update > clock_update]
     seconds = _total(clock, "train_s", "validate_s", "checkpoint_s") + _number(clock.get("start_s"))
     seconds += sum(one.interval_s for one in since)
-    slept_s = _total(clock, "slept_s")
-    metered = [one for one in since if one.power_w is not None]
-    metered_s = _total(clock, "metered_s") + sum(one.interval_s for one in metered)
-    joules = _total(clock, "energy_j") + sum((one.power_w or 0.0) * one.interval_s for one in metered)
-    whole_s = seconds + slept_s
-    recent = [one for one in rates if one.power_w is not None][-N_RECENT:]
-    usd_machine = _price(seconds / 3600, money.usd_per_machine_hour)
+    whole_s = seconds + (rates[-1].slept_s if rates else 0.0)
     usd_machine_end = None if left_s is None else _price((seconds + left_s) / 3600, money.usd_per_machine_hour)
-    if metered_s > 0 and metered_s >= MIN_METERED_FRAC * whole_s:
-        joules *= max(1.0, whole_s / metered_s)
-        power_w = sum((r.power_w or 0.0) * r.interval_s for r in recent) / max(1e-9, sum(r.interval_s for r in recent))
-        power_w = power_w if recent else joules / whole_s
-        joules_end = None if left_s is None else joules + power_w * left_s
-        wall_j = wall.joules(joules, whole_s)
-        wall_end_j = None if left_s is None or joules_end is None else wall.joules(joules_end, whole_s + left_s)
-        unmetered = max(0.0, 1 - metered_s / whole_s)
-        tokens = sum(r.interval_tokens for r in recent)
-        return Cost(
-            seconds=seconds,
-            kwh=joules / JOULES_PER_KWH,
-            kwh_end=None if joules_end is None else joules_end / JOULES_PER_KWH,
-            kwh_from=str(clock.get("energy_from") or "measured"),
-            kwh_err_frac=CARD_ERR_FRAC + unmetered,
-            kwh_wall=wall_j / JOULES_PER_KWH,
-            kwh_wall_end=None if wall_end_j is None else wall_end_j / JOULES_PER_KWH,
-            kwh_wall_err_frac=wall.err_frac(wall_j / whole_s) + unmetered,
-            joules_per_token=power_w * sum(r.interval_s for r in recent) / tokens if tokens else None,
-            usd_energy=_price(wall_j / JOULES_PER_KWH, money.usd_per_kwh),
-            usd_energy_end=None if wall_end_j is None else _price(wall_end_j / JOULES_PER_KWH, money.usd_per_kwh),
-            usd_machine=usd_machine,
-            usd_machine_end=usd_machine_end,
-            usd_why=_why_no_money(money),
-        )
-    stated = money.watts
-    kwh = None if stated is None else stated * seconds / JOULES_PER_KWH
-    kwh_end = None if stated is None or left_s is None else stated * (seconds + left_s) / JOULES_PER_KWH
-    if stated is None and metered_s > 0:
-        why = f"only {100 * metered_s / whole_s:.0f} % of the time was metered"
-    return Cost(
+    known = Cost(
         seconds=seconds,
-        kwh=kwh,
-        kwh_end=kwh_end,
-        kwh_from=None if stated is None else "stated watts",
-        kwh_why=None if kwh is not None else why or "no sensor has measured this run yet",
-        kwh_wall=kwh,
-        kwh_wall_end=kwh_end,
-        usd_energy=None if kwh is None else _price(kwh, money.usd_per_kwh),
-        usd_energy_end=None if kwh_end is None else _price(kwh_end, money.usd_per_kwh),
-        usd_machine=usd_machine,
+        usd_machine=_price(seconds / 3600, money.usd_per_machine_hour),
         usd_machine_end=usd_machine_end,
         usd_why=_why_no_money(money),
+    )
+    metered_frac = _metered_frac(rates)
+    if metered_frac >= MIN_METERED_FRAC:
+        return _measured(known, clock, rates, money, wall, whole_s=whole_s, left_s=left_s)
+    if money.watts is not None:
+        kwh = money.watts * seconds / JOULES_PER_KWH
+        end = None if left_s is None else money.watts * (seconds + left_s) / JOULES_PER_KWH
+        return replace(
+            known,
+            kwh=kwh,
+            kwh_end=end,
+            kwh_from="stated watts",
+            kwh_wall=kwh,
+            kwh_wall_end=end,
+            usd_energy=_price(kwh, money.usd_per_kwh),
+            usd_energy_end=_price(end, money.usd_per_kwh),
+        )
+    if metered_frac > 0:
+        why = f"only {100 * metered_frac:.0f} % of the time was metered"
+    return replace(known, kwh_why=why or "no sensor has measured this run yet")
+
+
+def _metered_frac(rates: Sequence[Rate]) -> float:
+    """Share of the logged time that a sensor covered; 0 without any sensor."""
+    if not rates or rates[-1].energy_j is None:
+        return 0.0
+    metered = sum(one.interval_s for one in rates if one.power_w is not None)
+    return metered / sum(one.interval_s for one in rates)
+
+
+def _measured(
+    known: Cost,
+    clock: dict[str, Any],
+    rates: Sequence[Rate],
+    money: Money,
+    wall: WallModel,
+    *,
+    whole_s: float,
+    left_s: float | None,
+) -> Cost:
+    """With the energy that the cards' sensors counted; what they did not see is filled in at the mean of the rest."""
+    recent = [one for one in rates if one.power_w is not None][-N_RECENT:]
+    metered_frac = _metered_frac(rates)
+    paused = clock.get("energy_j")
+    joules = (rates[-1].energy_j or 0.0) - (_number(paused.get("paused")) if isinstance(paused, dict) else 0.0)
+    joules /= metered_frac
+    power_w = sum((r.power_w or 0.0) * r.interval_s for r in recent) / sum(r.interval_s for r in recent)
+    end = None if left_s is None else joules + power_w * left_s
+    wall_j = wall.joules(joules, whole_s)
+    wall_end = None if left_s is None or end is None else wall.joules(end, whole_s + left_s) / JOULES_PER_KWH
+    busy = [one for one in recent if one.energy_j is not None]
+    tokens = sum(one.interval_tokens for one in busy[1:])
+    spent = (busy[-1].energy_j or 0.0) - (busy[0].energy_j or 0.0) if busy else 0.0
+    return replace(
+        known,
+        kwh=joules / JOULES_PER_KWH,
+        kwh_end=None if end is None else end / JOULES_PER_KWH,
+        kwh_from=str(clock.get("energy_from") or "measured"),
+        kwh_err_frac=CARD_ERR_FRAC + 1 - metered_frac,
+        kwh_wall=wall_j / JOULES_PER_KWH,
+        kwh_wall_end=wall_end,
+        kwh_wall_err_frac=wall.err_frac(wall_j / whole_s) + 1 - metered_frac,
+        joules_per_token=spent / tokens if tokens and spent > 0 else None,
+        usd_energy=_price(wall_j / JOULES_PER_KWH, money.usd_per_kwh),
+        usd_energy_end=_price(wall_end, money.usd_per_kwh),
     )
 
 
@@ -174,8 +196,8 @@ def _why_no_money(money: Money) -> str | None:
     return None
 
 
-def _price(amount: float, each: float | None) -> float | None:
-    return None if each is None else amount * each
+def _price(amount: float | None, each: float | None) -> float | None:
+    return None if amount is None or each is None else amount * each
 
 
 def _total(clock: dict[str, Any], *books: str) -> float:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from homelab_scaling import codec
 from homelab_scaling.errors import HomelabError
@@ -37,12 +37,6 @@ class Machine:
     registrations: tuple[Registration, ...]
     wall: WallModel
     ahead: str
-
-
-class MachineSource(Protocol):
-    """Where looks at the cards come from."""
-
-    def look(self, now_s: float) -> Machine: ...
 
 
 class History:

@@ -22,7 +22,11 @@ class Rate:
     mfu_frac: float | None = None
     vram_bytes: int | None = None
     power_w: float | None = None
-    """Of all the run's cards."""
+    """Of all the run's cards; None where nothing was measured."""
+    energy_j: float | None = None
+    """Theirs so far, over all segments, pauses included."""
+    slept_s: float = 0.0
+    """Between steps on the watchdog's order so far, over all segments; not in `interval_s`."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -110,6 +114,8 @@ class RunLog:
                 mfu_frac=number(line.get("mfu")),
                 vram_bytes=None if vram is None else int(vram),
                 power_w=number(line.get("power_w")),
+                energy_j=number(line.get("energy_j")),
+                slept_s=number(line.get("slept_s")) or 0.0,
             )
         )
 

@@ -1,6 +1,5 @@
 """One run as the monitor sees it: what its files say, put together."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from homelab_scaling.errors import HomelabError
@@ -12,7 +11,7 @@ from homelab_scaling.watch.ahead import time_left
 from homelab_scaling.watch.costs import cost_of_record, cost_so_far
 from homelab_scaling.watch.energy import WallModel
 from homelab_scaling.watch.feed import Feed, Look, event_s
-from homelab_scaling.watch.frame import ACTIVE, Cost, LawWord, Rung, RunNow, RunState, Span, Speed
+from homelab_scaling.watch.frame import ACTIVE, Cost, LawWord, Moment, Rung, RunNow, RunState, Span, Speed
 from homelab_scaling.watch.runlog import Rate, RunLog
 
 QUIET_S, QUIET_INTERVALS = 180.0, 20.0
@@ -125,10 +124,13 @@ class RunEye:
         duty = last.get("duty") if last else None
         return float(duty) if isinstance(duty, int | float) and 0 < duty <= 1 else 1.0
 
+    def _starts(self) -> list[int]:
+        """Updates that were done when each segment began."""
+        return [update for e in self._segments() if isinstance(update := e.get("update"), int)]
+
     def _rates(self) -> list[Rate]:
         """Without the first interval of each segment, which holds compilation and cold caches."""
-        starts = [e.get("update") for e in self._segments()]
-        starts = [0, *(s for s in starts if isinstance(s, int))]
+        starts = [0, *self._starts()]
         kept: list[Rate] = []
         for rate in self.log.rates:
             first = False
@@ -141,10 +143,8 @@ class RunEye:
 
     def _since_start(self) -> list[Rate]:
         """Every rate of this segment, its first one too."""
-        segments = self._segments()
-        start = segments[-1].get("update") if segments else None
-        first: int = start if isinstance(start, int) else 0
-        return [r for r in self.log.rates if r.update > first]
+        first = self._starts()[-1:]
+        return [rate for rate in self.log.rates if not first or rate.update > first[0]]
 
     def _overhead_frac(self) -> float:
         """Seconds beside training per second of it in this segment: validations and checkpoints, not the waiting."""
@@ -155,19 +155,15 @@ class RunEye:
             return 0.0
         busy = sum(r.interval_s for r in rates)
         waited = sum(float(e.get("paused_s") or 0.0) for e in self._this_segment("resumed"))
-        return max(0.0, min(3.0, (seen.logged_s - began - waited - self._slept(rates)) / busy - 1))
+        return max(0.0, min(3.0, (seen.logged_s - began - waited - self._slept()) / busy - 1))
 
-    def _slept(self, rates: Sequence[Rate]) -> float:
-        """Seconds slept between steps on the watchdog's order, by the duty that was in force."""
-        paced = [(e.get("update"), e.get("duty")) for e in self._this_segment("paced")]
-        slept = 0.0
-        for rate in rates:
-            duty = 1.0
-            for update, value in paced:
-                if isinstance(update, int) and isinstance(value, int | float) and update < rate.update:
-                    duty = max(0.05, min(1.0, float(value)))
-            slept += rate.interval_s * (1 / duty - 1)
-        return slept
+    def _slept(self) -> float:
+        """Seconds slept between steps in this segment, on the watchdog's order."""
+        rates = self._since_start()
+        if not rates:
+            return 0.0
+        before = [rate for rate in self.log.rates if rate.update < rates[0].update]
+        return max(0.0, rates[-1].slept_s - (before[-1].slept_s if before else 0.0))
 
     def _this_segment(self, kind: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -262,7 +258,7 @@ class RunEye:
             logged_s=seen.logged_s,
             saved_s=seen.saved_s,
             paused_s=self._waited(),
-            paced_s=self._slept(self._since_start()) or None,
+            paced_s=(log.rates[-1].slept_s if log.rates else 0.0) or None,
         )
 
     def _reason(self) -> str | None:
@@ -361,6 +357,22 @@ class RunEye:
             kwh=cost.kwh if cost else None,
             usd=cost.usd if cost else None,
         )
+
+    def moments(self) -> list[Moment]:
+        """What happened to it that belongs beside the watchdog's transitions."""
+        found = []
+        for event in self.seen.events if self.seen else ():
+            t_s, said = event_s(event), None
+            if event.get("kind") == "oom":
+                said = f"out of memory with micro-batch {event.get('microbatch_seqs_per_rank')}"
+                said += (
+                    f", goes on with {event['next']}" if event.get("next") is not None else ", no smaller one is left"
+                )
+            elif event.get("kind") == "watchdog" and event.get("state") == "silent":
+                said = f"heard nothing from the watchdog: {event.get('done')}"
+            if said is not None and t_s is not None:
+                found.append(Moment(t_s=t_s, who=self.run_id, text=said, level="warn"))
+        return found
 
     def _best_loss(self) -> tuple[float | None, Any]:
         if self.rows and isinstance(self.rows[-1].get("loss_nats"), int | float) and not self.is_active:

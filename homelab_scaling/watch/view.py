@@ -1,7 +1,7 @@
 """Collects one frame's facts about a lab from its files; reads only what is new, and survives whatever is missing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homelab_scaling.errors import SpecError
@@ -11,7 +11,7 @@ from homelab_scaling.watch.feed import Cached, Feed, FolderFeed
 from homelab_scaling.watch.frame import ACTIVE, Cost, Frame, LadderNow, Rung, Span
 from homelab_scaling.watch.gpu import SensorSource
 from homelab_scaling.watch.lawview import LawEye
-from homelab_scaling.watch.machineview import LiveMachine, Machine, MachineSource
+from homelab_scaling.watch.machineview import N_MOMENTS, LiveMachine, Machine
 from homelab_scaling.watch.runview import NOT_JUDGED, RunEye
 
 MACHINE = "machine"
@@ -192,6 +192,8 @@ def make_frame(now_s: float, lab: Path, ladder: LadderEye | None, machine: Machi
     notes = [f"{one.run_id}: {problem}" for one in ladder.runs if one.seen for problem in one.seen.problems]
     if ladder.plan.problem:
         notes.insert(0, ladder.plan.problem)
+    dog = machine.watchdog
+    moments = sorted([*dog.moments, *(moment for one in ladder.runs for moment in one.moments())], key=lambda m: m.t_s)
     return Frame(
         t_s=now_s,
         lab=str(lab),
@@ -199,7 +201,7 @@ def make_frame(now_s: float, lab: Path, ladder: LadderEye | None, machine: Machi
         run=shown,
         rungs=rungs,
         cards=machine.cards,
-        watchdog=machine.watchdog,
+        watchdog=replace(dog, moments=tuple(moments[-N_MOMENTS:])),
         ahead=machine.ahead,
         notes=tuple(notes),
     )
@@ -252,6 +254,3 @@ def _left(ladder: LadderEye, queued_s: float | None) -> Span | None:
         mid=sum(s.mid for s in known) + queued_s,
         high=sum(s.high for s in known) + queued_s / sure,
     )
-
-
-__all__ = ["LadderEye", "MachineSource", "Place", "View", "find_place", "ladders", "make_frame", "newest_ladder"]

@@ -150,7 +150,7 @@ class WatchedLab:
         last = int(done * phases(science)[-1].end_update)
         own = 1 + 0.004 * self.rng.gauss(0, 1)
         lines: list[dict[str, Any]] = []
-        seconds, drift = 0.0, 0.0
+        seconds, drift, energy = 0.0, 0.0, 0.0
         curve_every = max(1, (spec.execution.curve_every_tokens or 10**18) // batch)
         for phase in phases(science):
             for update in range(phase.first_update, min(last, phase.end_update)):
@@ -177,11 +177,14 @@ class WatchedLab:
                     drift = 0.9 * drift + 0.004 * self.rng.gauss(0, 1)
                     interval = self.every * batch / rate * (1 + drift + 0.004 * self.rng.gauss(0, 1))
                     seconds += interval
+                    power = POWER_W * (1 + 0.01 * self.rng.gauss(0, 1))
+                    energy += power * interval
                     flops = flops_per_token(science.shape, science.n_vocab)
                     lines.append(
                         {"kind": "rate", **head, "interval_tokens": self.every * batch, "interval_s": interval,
                          "tokens_per_s": self.every * batch / interval, "mfu": rate * flops / (2 * 97.5e12),
-                         "vram_bytes": int(9.6 * GIB), "power_w": POWER_W * (1 + 0.01 * self.rng.gauss(0, 1))}
+                         "vram_bytes": int(9.6 * GIB), "power_w": power,
+                         "energy_j": energy, "slept_s": 0.0}
                     )  # fmt: skip
                 if (step + 1) % curve_every == 0 and not (at_end and phase.earns_row):
                     val = loss * 1.003 + 0.003 * self.rng.gauss(0, 1)
