@@ -328,9 +328,6 @@ def _outlook(
     columns = columns_of(design)
     silent = true_law.loss(true_values, dict(columns))
     why_not = diagnose.too_few(law, tabulate(as_points(design, np.log(silent))), np.arange(len(design)))
-    n_distinct = len({(row.n_params, row.n_tokens) for row in design})
-    if why_not is None and n_distinct < len(law.free):
-        why_not = f"{len(design)} rows at only {n_distinct} different (N, D) for {len(law.free)} parameters"
     n_runs = int(runs_of(design).max()) + 1
     objective = "l2-log" if n_runs < FEW_RUNS or noise.total_sd < 1e-8 else f"huber:{1.345 * noise.total_sd:.6g}"
     if why_not is not None:

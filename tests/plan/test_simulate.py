@@ -129,7 +129,7 @@ def test_one_isoflop_budget_gives_a_minimum_and_no_law(planner, two_4080):
     assert 3e7 < parabola.without_noise < 5e7
     assert any("no exponent" in n for n in found.notes) and found.warnings == ()
     seeds = found.variants[3]
-    assert "9 rows at only 3 different" in seeds.law("chinchilla").why_not
+    assert "9 points at 3 different" in seeds.law("chinchilla").why_not
 
 
 def test_too_few_rows_are_a_shortcoming(planner, pilot):
