@@ -30,7 +30,7 @@ class LawEye:
         if not self._load():
             return NOT_JUDGED if self._problem is None else _silent(self._problem)
         finished = [one for one in everyone if one.state == "finished" and one is not run]
-        new = (len(run.log.held), len(run.rows), *((one.run_id, len(one.log.held)) for one in finished))
+        new = tuple((one.run_id, one.n_restarts, len(one.log.held), len(one.rows)) for one in [run, *finished])
         said = self._said.get(run.run_id)
         if said is None or said[0] != new:
             said = (new, self._check(run, [run, *finished]))

@@ -28,6 +28,8 @@ class RunEye:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self.log = RunLog()
+        self.n_restarts = 0
+        """How often its metrics were written anew."""
         self.seen: Look | None = None
         self.state: RunState = "queued"
         self._plan: tuple[Phase, ...] = ()
@@ -66,7 +68,7 @@ class RunEye:
         """Takes in what is new."""
         self.seen = self.feed.look(now_s)
         if self.seen.metrics.restarted:
-            self.log = RunLog()
+            self.log, self.n_restarts = RunLog(), self.n_restarts + 1
         self.log.feed(self.seen.metrics.lines)
         if self.spec is not self._planned_for:
             self._planned_for = self.spec

@@ -3,6 +3,7 @@ and two simulated cards (the thermal plant of the hardware reference) under the 
 
 import datetime
 import json
+import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,6 +114,8 @@ class WatchedLab:
         codec.append_jsonl(folder.events, [segment, *events])
         rows = tuple(self._row(spec, phase) for phase in phases(spec.science) if self._is_done(spec, phase, done))
         self._end(folder, spec, rows, status, reason, ends_s)
+        for path in (folder.metrics, folder.events, folder.record):
+            os.utime(path, (ends_s, ends_s))
         return began
 
     def _is_done(self, spec: RunSpec, phase: Phase, done: float) -> bool:
