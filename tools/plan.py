@@ -47,6 +47,7 @@ class Args:
 
 
 def main(args: Args) -> int:
+    from homelab_scaling.batch.advice import advised_batches
     from homelab_scaling.plan.cost import measured_rates
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
     from homelab_scaling.plan.machine import machine_for
@@ -57,7 +58,7 @@ def main(args: Args) -> int:
     shards = shards_folder(ladder, path, args.lab)
     corpus = find_corpus(ladder, shards)
     box = machine_for(args.card, args.gpus)
-    measured = measured_rates([args.lab / ladder.name])
+    measured, advised = measured_rates([args.lab / ladder.name]), advised_batches(args.lab / ladder.name)
 
     def planner(one: "Ladder") -> "Plan":
         return plan_ladder(
@@ -66,6 +67,7 @@ def main(args: Args) -> int:
             box,
             shards="../../shards" if ladder.data.shards is None else str(shards),
             measured=measured,
+            advised=advised,
             watts=args.watts,
             folder=path.parent,
         )

@@ -6,7 +6,8 @@ Without a corpus the plan has no runs (their identity needs the data's fingerpri
 """
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from homelab_scaling import codec
@@ -15,7 +16,7 @@ from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan import cost
 from homelab_scaling.plan.cost import MeasuredRate
-from homelab_scaling.plan.parts import Launch, Plan, RungPlan, Totals
+from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Totals
 from homelab_scaling.plan.rung import Given, plan_rung
 from homelab_scaling.specs import CorpusManifest, ExecutionSpec, RunSpec, Schedule, ScienceSpec, make_run_id
 
@@ -97,6 +98,7 @@ def plan_ladder(
     *,
     shards: str = "../../shards",
     measured: Sequence[MeasuredRate] = (),
+    advised: Mapping[str, AdvisedBatch] | None = None,
     watts: float | None = None,
     folder: Path = Path(),
 ) -> Plan:
@@ -106,6 +108,7 @@ def plan_ladder(
         corpus: None plans without data: vocabulary assumed from the tokenizer's name, no epochs, no runs.
         shards: how the run specs name the shards' folder: absolute, or relative to a run's folder.
         measured: speeds from earlier records; they replace assumptions.
+        advised: measured batches by rung, for those to which the ladder gives none.
         watts: stated power of the whole machine under load.
         folder: what a tokenizer's path is relative to.
 
@@ -123,6 +126,7 @@ def plan_ladder(
         n_vocab=n_vocab,
         val_tokens=_val_tokens(ladder, corpus),
         measured=measured,
+        advised=advised or {},
         watts=watts,
         warn=warnings.append,
     )
@@ -259,7 +263,7 @@ def _run_spec(
             decay_frac=ladder.schedule.decay_frac,
             lr_final_frac=ladder.schedule.lr_final_frac,
         ),
-        optim=ladder.optim,
+        optim=ladder.optim if training.beta2 is None else replace(ladder.optim, beta2=training.beta2),
         precision=training.precision,
         seed=seed,
         val_tokens=given.val_tokens,

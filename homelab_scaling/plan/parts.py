@@ -60,6 +60,23 @@ class OtherMode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdvisedBatch:
+    """What `homelab batch-size` advises for a rung, as far as the plan needs it (LAB/<ladder>/batch.json)."""
+
+    batch_tokens: int
+    lr_scale: float
+    """On the rate of the ladder's rule."""
+    beta2: float | None
+    """Instead of the ladder's; None keeps it."""
+    basis: Literal["measured", "forecast"]
+    shape: ModelShape
+    """Of the model it was measured on."""
+    n_tokens: int
+    """The longest horizon it is for."""
+    data_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """What decides the result: tokens, batch, learning rate, precision."""
 
@@ -74,6 +91,8 @@ class Training:
     lr_source: str
     warmup_tokens: int
     precision: Precision
+    beta2: float | None = None
+    """Rescaled with an advised batch; None is the ladder's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,11 @@ def step_law_lr(n_body: float, n_tokens: float) -> float:
     return 1.79 * math.pow(n_body, -0.713) * math.pow(n_tokens, 0.307)
 
 
+def scales_with_batch(rung: Rung, table: LrTable) -> bool:
+    """Whether an advised batch may scale the rate: not one that is written down as a number."""
+    return rung.lr_peak is None and table.rule != "fixed"
+
+
 def choose_lr(rung: Rung, table: LrTable, n_body: int, n_tokens_largest: int) -> Choice:
     """The rung's peak learning rate and the rule that gave it."""
     if rung.lr_peak is not None:
@@ -79,6 +84,13 @@ def choose_lr(rung: Rung, table: LrTable, n_body: int, n_tokens_largest: int) ->
         value = table.peak * (n_body / table.at_body_params) ** table.exponent
         return Choice(value=value, source=f"power {table.exponent:g}")
     return Choice(value=step_law_lr(n_body, n_tokens_largest), source="Step Law")
+
+
+def scaled_lr(lr: Choice, rung: Rung, table: LrTable, scale: float) -> Choice:
+    """The rule's rate at an advised batch."""
+    if not scales_with_batch(rung, table):
+        return lr
+    return Choice(value=lr.value * scale, source=f"{lr.source} x {scale:.2f}")
 
 
 def round_batch(wanted_tokens: float, context_tokens: int, *, n_ranks: int = 1, derived: bool = False) -> int:

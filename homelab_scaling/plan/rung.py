@@ -4,8 +4,8 @@ Each `plan_*` function takes what the ladder says and the parts made before it, 
 wished and not met goes to `Given.warn`; what cannot be run at all is a SpecError.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
@@ -15,6 +15,7 @@ from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import count_params, flops_6nd_per_token, flops_per_token
 from homelab_scaling.plan.memory import LossPath, VramEstimate
 from homelab_scaling.plan.parts import (
+    AdvisedBatch,
     Bill,
     FlopsPerToken,
     HorizonPlan,
@@ -44,6 +45,8 @@ class Given:
     measured: Sequence[MeasuredRate]
     watts: float | None
     warn: Callable[[str], None]
+    advised: Mapping[str, AdvisedBatch] = field(default_factory=dict)
+    """Measured batches by rung, for those to which the ladder gives none."""
 
 
 def plan_rung(given: Given, rung: Rung) -> RungPlan:
@@ -114,7 +117,8 @@ def plan_size(given: Given, rung: Rung) -> Size:
 def plan_training(given: Given, rung: Rung, size: Size) -> Training:
     """Tokens, batch, learning rate and precision: the science of the rung."""
     ladder = given.ladder
-    wanted_batch, batch, source = _batch(given, rung, size)
+    advised = _advised(given, rung, size)
+    wanted_batch, batch, source = _batch(given, rung, size, advised)
     wishes = _wishes(ladder, rung, size, batch)
     horizons = tuple(_horizon(given, rung.name, wish, batch, size, said=True) for wish in wishes)
     tokens = _distinct(rung.name, horizons, batch)
@@ -131,6 +135,8 @@ def plan_training(given: Given, rung: Rung, size: Size) -> Training:
             f"rung {rung.name}: Step Law's rate {lr.value:.1e} is far outside the sizes it was fitted on (N_body above "
             '40M, D above 0.1B); measure the rate on the smallest rung and use lr.rule = "power"'
         )
+    if advised is not None:
+        lr = rules.scaled_lr(lr, rung, ladder.lr, advised.lr_scale)
     warmup = rules.warmup_tokens(ladder.schedule.warmup_frac, tokens[0], batch)
     if ladder.schedule.name == "wsd":
         _check_decays(given, rung.name, tokens, batch, warmup)
@@ -144,14 +150,34 @@ def plan_training(given: Given, rung: Rung, size: Size) -> Training:
         lr_source=lr.source,
         warmup_tokens=warmup,
         precision=_precision(given, rung.name, size.shape.d_model),
+        beta2=advised.beta2 if advised else None,
     )
 
 
-def _batch(given: Given, rung: Rung, size: Size) -> tuple[int, int, str]:
+def _advised(given: Given, rung: Rung, size: Size) -> AdvisedBatch | None:
+    """What batch.json advises, where the ladder gives no batch and it was measured on this model and this text."""
+    found = given.advised.get(rung.name)
+    if found is None or rung.batch_tokens or given.ladder.batch.tokens:
+        return None
+    other = "model" if found.shape != size.shape else None
+    if given.corpus is not None and found.data_id != given.corpus.data_id:
+        other = "text"
+    if other is not None:
+        given.warn(
+            f"rung {rung.name}: batch.json advises a batch for another {other}, so it is not taken; run `homelab "
+            "batch-size` again"
+        )
+        return None
+    return found
+
+
+def _batch(given: Given, rung: Rung, size: Size, advised: AdvisedBatch | None) -> tuple[int, int, str]:
     """Wanted tokens, actual tokens, source. One batch for all horizons of the rung."""
     ladder, context, ranks = given.ladder, size.shape.context_tokens, given.ladder.train.processes or 1
     wanted = rung.batch_tokens or ladder.batch.tokens
     source = "rung" if rung.batch_tokens else "ladder"
+    if advised is not None:
+        wanted, source = advised.batch_tokens, advised.basis
     if wanted is None:
         if ladder.horizons.steps:
             raise SpecError(

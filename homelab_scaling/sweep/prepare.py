@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homelab_scaling import codec
+from homelab_scaling.batch.advice import advised_batches
 from homelab_scaling.box import Box, detect_box
 from homelab_scaling.data.progress import show_progress
 from homelab_scaling.data.shards import build_shards, open_shards
@@ -85,6 +86,7 @@ def make_plan(experiment: Experiment, corpus: CorpusManifest | None) -> Plan:
         experiment.box,
         shards=experiment.shards_reference,
         measured=measured_rates([experiment.lab]),
+        advised=advised_batches(experiment.lab),
         folder=experiment.ladder_file.parent,
     )
 

@@ -1,0 +1,377 @@
+"""Batch, split and learning rate of every rung from what was measured: the frozen content of LAB/<ladder>/batch.json.
+
+    measured B_simple x c -> B_crit -> trade-off table -> the row taken -> learning rate, beta2
+
+c is what a sweep of batch sizes on the smallest rung finds B_crit / B_simple to be, and 1 until there is one. A rung
+without a measurement gets a forecast from those with one. Advice is frozen: a rung whose training has begun keeps it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from homelab_scaling import codec
+from homelab_scaling.batch.critical import BatchLaw, Estimate, TradeOff, fit_batch_law
+from homelab_scaling.batch.estimator import NoiseScale
+from homelab_scaling.batch.forecast import SAME_TOKENS_FACTOR, Z95, Forecast, Known, forecast
+from homelab_scaling.batch.priors import OVERHEAD_FRAC, Band, Prior, band, priors_for
+from homelab_scaling.batch.table import Row, Setting, choose_row, trade_off_table
+from homelab_scaling.errors import DataError
+from homelab_scaling.plan import rules
+from homelab_scaling.plan.parts import AdvisedBatch
+from homelab_scaling.runs import run_folders
+from homelab_scaling.specs import ModelShape
+
+UNCALIBRATED = (
+    "uncalibrated: B_crit is taken to be B_simple itself, which published work found wrong by factors of 0.1 to 100; "
+    "--verify measures the factor on the smallest rung"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """c = B_crit / B_simple."""
+
+    c: float = 1.0
+    method: Literal["uncalibrated", "sweep"] = "uncalibrated"
+    sd_log: float | None = None
+    """Of log c; None where it was not measured."""
+    rung: str | None = None
+    """On which it was measured."""
+    sentence: str = UNCALIBRATED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a probe found on one rung."""
+
+    b_simple: Estimate | None
+    """Tokens, at the middle of the run; None where the data were too few."""
+    why_no_number: str | None
+    loss_nats: float | None
+    """At the middle of the run, by which Kaplan's prior is read."""
+    points: tuple[NoiseScale, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungAdvice:
+    """One rung's batch, and everything it rests on."""
+
+    rung: str
+    shape: ModelShape
+    n_params: int
+    n_tokens: int
+    """The longest horizon, for which the table holds."""
+    basis: Literal["measured", "forecast"]
+    measured: Measured | None
+    b_crit: Estimate
+    """Tokens."""
+    forecast: Forecast | None
+    """Behind `b_crit`, or what the other rungs had foretold before this one was measured."""
+    priors: tuple[Prior, ...]
+    band: Band
+    rows: tuple[Row, ...]
+    batch_tokens: int
+    why: str
+    n_processes: int
+    microbatch_seqs_per_rank: int
+    accumulation_steps: int
+    lr_scale: float
+    """On the ladder's own rule."""
+    lr_peak: float
+    lr_source: str
+    lr_step_law: float
+    """The same scaling on Step Law's rate, to compare."""
+    beta2: float | None = None
+    """Rescaled; None leaves the ladder's."""
+
+    @property
+    def surprise(self) -> str | None:
+        """How the measurement compares with the forecast made before it."""
+        if self.basis != "measured" or self.forecast is None:
+            return None
+        told = self.forecast.b_crit
+        inside = told.low <= self.b_crit.value <= told.high
+        return (
+            f"measured {self.b_crit.value:,.0f} tokens, {'inside' if inside else 'outside'} the "
+            f"{told.low:,.0f} to {told.high:,.0f} foretold {self.forecast.words}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchAdvice:
+    """batch.json."""
+
+    ladder: str
+    data_id: str
+    device: str
+    calibration: Calibration
+    rungs: tuple[RungAdvice, ...]
+    law: BatchLaw | None
+    """B_crit over the measured rungs against loss, or against tokens where those differ; None below three rungs."""
+    why_no_law: str | None
+    sweep: TradeOff | None = None
+    """--verify's, in tokens."""
+
+    def rung(self, name: str) -> RungAdvice | None:
+        return next((r for r in self.rungs if r.rung == name), None)
+
+
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def calibrate(sweep: TradeOff, b_simple: Estimate, rung: str) -> Calibration:
+    """c from a sweep's B_crit and the noise scale at the middle of the same stretch of training, both in tokens."""
+    c = sweep.b_crit.value / b_simple.value
+    sd = math.hypot(_sd_log(sweep.b_crit), _sd_log(b_simple))
+    doubt = ""
+    if sweep.bend.doubted:
+        doubt = f"; the sweep bends more sharply than the hyperbola (exponent {sweep.bend.exponent:.2f})"
+    return Calibration(
+        c=c,
+        method="sweep",
+        sd_log=sd,
+        rung=rung,
+        sentence=(
+            f"calibrated on {rung}: B_crit {sweep.b_crit.value:,.0f} tokens by {sweep.n_batches} batch sizes, B_simple "
+            f"{b_simple.value:,.0f} at the middle of the same stretch: c = {c:.2f} "
+            f"[{c * math.exp(-Z95 * sd):.2f}, {c * math.exp(Z95 * sd):.2f}]{doubt}"
+        ),
+    )
+
+
+def _sd_log(x: Estimate) -> float:
+    return math.log(x.high / x.low) / (2 * Z95)
+
+
+def _scaled(x: Estimate, calibration: Calibration) -> Estimate:
+    """c x, with both errors."""
+    half = Z95 * math.hypot(_sd_log(x), calibration.sd_log or 0.0)
+    value = calibration.c * x.value
+    return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half))
+
+
+def lr_scale(batch_tokens: float, base_tokens: float, b_crit_tokens: float) -> float:
+    """sqrt(B / B_0) up to B_crit, flat beyond.
+
+    Source: the square root is Adam's (Malladi et al. 2022, arXiv 2205.10287; Li et al. 2024, arXiv 2405.14578, whose
+    optimum even falls beyond); a sweep at 0.24M parameters went from 1.4e-3 to 8e-3 over B = 4 to 128.
+    """
+    return math.sqrt(min(batch_tokens, b_crit_tokens) / min(base_tokens, b_crit_tokens))
+
+
+def rescaled_beta2(beta2: float, batch_tokens: float, base_tokens: float) -> float:
+    """beta2^(B / B_0): the second moment forgets after as many tokens as before.
+
+    Source: Marek et al. 2025 (arXiv 2507.07101).
+    """
+    return math.pow(beta2, batch_tokens / base_tokens)
+
+
+def base_batch(setting: Setting) -> float:
+    """B_0 [tokens]: the batch that the ladder's learning rate is taken to be for: the ladder's own, else Step Law's."""
+    ladder = setting.ladder
+    own = next((r.batch_tokens for r in ladder.rungs if r.name == setting.rung.name), None) or ladder.batch.tokens
+    return float(own or rules.step_law_batch(setting.horizon_tokens))
+
+
+# ---------------------------------------------------------------------------------------------------------- a ladder
+
+
+def advise(
+    settings: Sequence[Setting],
+    measured: Mapping[str, Measured],
+    *,
+    ladder: str,
+    data_id: str,
+    calibration: Calibration | None = None,
+    sweep: TradeOff | None = None,
+    previous: BatchAdvice | None = None,
+    begun: frozenset[str] = frozenset(),
+    rescale_beta2: bool = False,
+    overhead_max_frac: float = OVERHEAD_FRAC,
+) -> BatchAdvice:
+    """The advice for every rung of a ladder.
+
+    Args:
+        settings: one a rung, in the ladder's order.
+        measured: by rung; those that are not there get a forecast.
+        previous: what batch.json said until now; its forecasts are kept beside a measurement that has come since.
+        begun: rungs whose training has begun; they keep the previous advice.
+
+    Raises:
+        DataError: not one rung has a measured noise scale.
+    """
+    calibration = calibration or Calibration()
+    known = {
+        s.rung.name: Known(
+            n_params=s.rung.size.n_params,
+            n_tokens=s.horizon_tokens,
+            b_crit_tokens=calibration.c * b.value,
+            sd_log=_sd_log(b),
+        )
+        for s in settings
+        if (m := measured.get(s.rung.name)) is not None and (b := m.b_simple) is not None
+    }
+    if not known:
+        reasons = "; ".join(f"{name}: {m.why_no_number}" for name, m in measured.items()) or "nothing was measured"
+        raise DataError(f"no rung has a measured noise scale ({reasons}); measure more steps, or another rung")
+    rungs = []
+    for setting in settings:
+        name = setting.rung.name
+        before = previous.rung(name) if previous else None
+        if name in begun and before is not None:
+            rungs.append(before)
+            continue
+        others = [k for n, k in known.items() if n != name]
+        foretold = _forecast(setting, others, calibration) if others else None
+        if name in known and before is not None and before.forecast is not None:
+            foretold = before.forecast  # made when this rung was not known: a forecast is judged as it was given
+        rungs.append(
+            _advise_rung(
+                setting,
+                measured.get(name),
+                calibration=calibration,
+                foretold=foretold,
+                rescale_beta2=rescale_beta2,
+                overhead_max_frac=overhead_max_frac,
+            )
+        )
+    law, why_no_law = _law(rungs)
+    return BatchAdvice(
+        ladder=ladder,
+        data_id=data_id,
+        device=settings[0].box.device,
+        calibration=calibration,
+        rungs=tuple(rungs),
+        law=law,
+        why_no_law=why_no_law,
+        sweep=sweep,
+    )
+
+
+def _forecast(setting: Setting, known: Sequence[Known], calibration: Calibration) -> Forecast:
+    found = forecast(known, n_params=setting.rung.size.n_params, n_tokens=setting.horizon_tokens)
+    return replace(found, b_crit=_scaled(found.b_crit, replace(calibration, c=1.0)))  # c is in `known` already
+
+
+def _advise_rung(
+    setting: Setting,
+    measured: Measured | None,
+    *,
+    calibration: Calibration,
+    foretold: Forecast | None,
+    rescale_beta2: bool,
+    overhead_max_frac: float,
+) -> RungAdvice:
+    rung = setting.rung
+    own = measured.b_simple if measured else None
+    if own is not None:
+        b_crit = _scaled(own, calibration)
+    else:
+        assert foretold is not None
+        b_crit = foretold.b_crit
+    base = base_batch(setting)
+    rows = trade_off_table(setting, b_crit.value, also_tokens=[rung.training.batch_tokens])
+    choice = choose_row(rows, overhead_max_frac)
+    batch = choice.row.batch_tokens
+    scale = lr_scale(batch, base, b_crit.value)
+    priors = priors_for(
+        n_params=rung.size.n_params,
+        n_body=rung.size.params.n_body,
+        n_tokens=setting.horizon_tokens,
+        context_tokens=setting.shape.context_tokens,
+        loss_nats=measured.loss_nats if measured else None,
+    )
+    written = next(r for r in setting.ladder.rungs if r.name == rung.name)
+    rule = rules.choose_lr(written, setting.ladder.lr, rung.size.params.n_body, setting.horizon_tokens)
+    lr = rules.scaled_lr(rule, written, setting.ladder.lr, scale)
+    return RungAdvice(
+        rung=rung.name,
+        shape=setting.shape,
+        n_params=rung.size.n_params,
+        n_tokens=setting.horizon_tokens,
+        basis="measured" if own is not None else "forecast",
+        measured=measured,
+        b_crit=b_crit,
+        forecast=foretold,
+        priors=priors,
+        band=band(priors),
+        rows=rows,
+        batch_tokens=batch,
+        why=choice.why,
+        n_processes=choice.row.n_processes,
+        microbatch_seqs_per_rank=choice.row.microbatch_seqs_per_rank,
+        accumulation_steps=choice.row.accumulation_steps,
+        lr_scale=scale,
+        lr_peak=lr.value,
+        lr_source=lr.source,
+        lr_step_law=rules.step_law_lr(rung.size.params.n_body, setting.horizon_tokens)
+        * lr_scale(batch, rules.step_law_batch(setting.horizon_tokens), b_crit.value),
+        beta2=rescaled_beta2(setting.ladder.optim.beta2, batch, base) if rescale_beta2 else None,
+    )
+
+
+def _law(rungs: Sequence[RungAdvice]) -> tuple[BatchLaw | None, str | None]:
+    """B_crit against tokens where the measured rungs differ in them, else against loss."""
+    found = [r for r in rungs if r.basis == "measured"]
+    tokens = [float(r.n_tokens) for r in found]
+    losses = [r.measured.loss_nats for r in found if r.measured and r.measured.loss_nats is not None]
+    b_crit = [r.b_crit.value for r in found]
+    try:
+        if tokens and max(tokens) / min(tokens) > SAME_TOKENS_FACTOR:
+            return fit_batch_law("D", tokens, b_crit), None
+        if len(losses) == len(found):
+            return fit_batch_law("L", losses, b_crit), None
+    except DataError as error:
+        return None, str(error)
+    return None, "not every measured rung knows the loss it was measured at"
+
+
+# ------------------------------------------------------------------------------------------------------ frozen on disk
+
+
+def batch_file(lab: Path) -> Path:
+    """LAB/<ladder>/batch.json."""
+    return lab / "batch.json"
+
+
+def read_advice(lab: Path) -> BatchAdvice | None:
+    """What a lab's batch.json says, or None where there is none."""
+    path = batch_file(lab)
+    return codec.read_json(path, BatchAdvice) if path.exists() else None
+
+
+def write_advice(lab: Path, advice: BatchAdvice) -> Path:
+    """Replaces LAB/<ladder>/batch.json."""
+    path = batch_file(lab)
+    codec.write_json(path, advice)
+    return path
+
+
+def begun_rungs(lab: Path) -> frozenset[str]:
+    """Rungs of a lab of which some run has a record: their advice must not change any more."""
+    if not (lab / "runs").is_dir():
+        return frozenset()
+    return frozenset(f.read_spec().rung for f in run_folders(lab) if f.record.exists() and f.spec.exists())
+
+
+def advised_batches(lab: Path) -> dict[str, AdvisedBatch]:
+    """What the planner takes from batch.json, by rung; empty where there is none."""
+    advice = read_advice(lab)
+    if advice is None:
+        return {}
+    return {
+        r.rung: AdvisedBatch(
+            batch_tokens=r.batch_tokens,
+            lr_scale=r.lr_scale,
+            beta2=r.beta2,
+            basis=r.basis,
+            shape=r.shape,
+            n_tokens=r.n_tokens,
+            data_id=advice.data_id,
+        )
+        for r in advice.rungs
+    }
