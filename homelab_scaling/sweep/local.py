@@ -11,16 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from homelab_scaling import codec
 from homelab_scaling.box import Box
-from homelab_scaling.errors import HomelabError
+from homelab_scaling.errors import HomelabError, Stopped
 from homelab_scaling.runs import RunFolder, RunRecord, RunStatus, StoppedBy
-from homelab_scaling.specs import RunSpec
+from homelab_scaling.specs import RunSpec, WatchLimits
 from homelab_scaling.train.oom_notes import OutOfMemory, end_of_segment, keep_smaller
 from homelab_scaling.watch import link
 from homelab_scaling.watch.start import start_watchdog
@@ -115,10 +115,13 @@ def _launch_until_it_fits(
 
 
 def launch_command(spec: RunSpec, folder: RunFolder, box: Box) -> list[str]:
-    """The `accelerate launch` line of one run; every default is spelt out, so nothing depends on the user's config."""
-    ranks = spec.execution.n_processes
+    """The `accelerate launch` line of one run."""
     on_gpu = box.on_gpu and spec.execution.device != "cpu"
-    recipe = Path(str(_recipes())) / "pretrain.py"
+    return recipe_command("pretrain", ["--spec", str(folder.spec)], spec.execution.n_processes, box, on_gpu=on_gpu)
+
+
+def recipe_command(recipe: str, arguments: Sequence[str], ranks: int, box: Box, *, on_gpu: bool) -> list[str]:
+    """The `accelerate launch` line of a recipe; every default is spelt out, so nothing depends on the user's config."""
     # --multi_gpu also starts several CPU ranks; `--cpu --num_processes 2` would silently start one process.
     mode = ["--multi_gpu"] if ranks > 1 else [] if on_gpu else ["--cpu"]
     return [
@@ -129,8 +132,61 @@ def launch_command(spec: RunSpec, folder: RunFolder, box: Box) -> list[str]:
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--num_cpu_threads_per_process", str(max(1, box.n_cores // ranks))),
         *(["--main_process_port", str(_free_port())] if ranks > 1 else []),
-        *(str(recipe), "--spec", str(folder.spec)),
+        *(str(Path(str(_recipes())) / f"{recipe}.py"), *arguments),
     ]
+
+
+def run_recipe(
+    recipe: str,
+    arguments: Sequence[str],
+    *,
+    n_processes: int,
+    box: Box,
+    on_gpu: bool,
+    lab: Path,
+    watch: WatchLimits,
+    say: Callable[[str], None],
+) -> int:
+    """Launches a recipe that leaves no record of its own and waits for it; returns the launcher's exit code.
+
+    Args:
+        lab: the folder of labs, whose watchdog guards the cards.
+
+    Raises:
+        Stopped: it was asked to stop, and did.
+    """
+    if link.why_not_watched(watch, on_gpu=on_gpu) is None:
+        try:
+            start_watchdog(lab)
+        except (HomelabError, OSError) as error:
+            say(f"  ! the watchdog could not be started ({error}); nothing guards the cards")
+    command = recipe_command(recipe, arguments, n_processes, box, on_gpu=on_gpu)
+    # Its folders may lie deeper in the lab than a run's; on CPU the variable would ask for a watchdog.
+    machine = {link.MACHINE_VARIABLE: str(link.machine_folder(lab).path)} if on_gpu else {}
+    with _StopRequest() as stop:
+        process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr, env=_environment() | machine)
+        told_at: float | None = None
+        while process.poll() is None or (told_at is not None and _group_lives(process.pid)):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.2)
+            if stop.asked() and told_at is None:
+                told_at = time.monotonic()
+                _kill_group(process.pid, signal.SIGTERM)
+            elif told_at is not None and (stop.asked(2) or time.monotonic() - told_at > GIVE_UP_S):
+                _kill_group(process.pid, signal.SIGKILL)
+            if told_at is not None:
+                time.sleep(0.2)
+        if stop.asked():
+            raise Stopped("stopped; the same command goes on from here")
+    return process.returncode
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def _recipes() -> object:
