@@ -305,7 +305,7 @@ def _place(frame: Frame, run: RunNow, width: int) -> Text:
     saved = None
     if run.saved_s is not None and active:
         saved = part(2, f"checkpoint {words.ago(max(0.0, frame.t_s - run.saved_s))} old")
-    elif active:
+    elif active and frame.replay is None:  # a recording does not know
         saved = part(2, "no checkpoint yet")
     return fit(
         [

@@ -17,7 +17,7 @@ from homelab_scaling.plan.peaks import box_with
 from homelab_scaling.runs import Machine, Row, RunFolder, RunRecord
 from homelab_scaling.specs import CorpusManifest, RunSpec, ShardFile, Split
 from homelab_scaling.train.schedule import Phase, phases
-from homelab_scaling.watch.link import Control, Registration, Status
+from homelab_scaling.watch.link import Control, Registration, Status, worst
 from homelab_scaling.watch.policy import initial_state, judge
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
 from homelab_scaling.watch.recording import Recording
@@ -133,9 +133,9 @@ class WatchedLab:
             machine=MACHINE,
         )
         codec.write_json(folder.record, record)
-        tokens = [{"kind": "row", "time": iso(ends_s - 1), "row_id": row.row_id} for row in rows]
+        earned = [{"kind": "row", "time": iso(ends_s - 60), "row_id": row.row_id} for row in rows]
         ended = [{"kind": "end", "time": iso(ends_s), "status": status}] if status != "running" else []
-        codec.append_jsonl(folder.events, [*tokens, *ended])
+        codec.append_jsonl(folder.events, [*earned, *ended])
 
     def rate(self, spec: RunSpec) -> float:
         """Tokens per second: 4 % below the plan."""
@@ -259,9 +259,9 @@ class WatchedLab:
         for second in range(int(60 * minutes) + 1):
             t = started + second
             cards = []
+            order = worst(list(verdict.orders.values()) if verdict else [])  # one run on both cards
+            duty = 0.0 if order.level in ("pause", "stop") else order.duty
             for i, uuid in enumerate(UUIDS):
-                order = verdict.orders[uuid] if verdict else None
-                duty = 1.0 if order is None else 0.0 if order.level in ("pause", "stop") else order.duty
                 power = 22 + duty * (296 - 22) + noise.gauss(0, 3)
                 heat[i] += (ambient + 2 * i + resist[i] * power - heat[i]) / 60
                 energy[i] += power
