@@ -49,13 +49,13 @@ class Row:
     flops: float
     """Exact training FLOPs: causal attention, head included, padding excluded."""
     flops_marginal: float
-    n_body: int
-    n_pos: int
-    n_embed: int
-    n_head: int
+    n_body: int | None
+    n_pos: int | None
+    n_embed: int | None
+    n_head: int | None
     n_steps: int
     batch_tokens: int
-    lr_peak: float
+    lr_peak: float | None
     schedule: str
     decayed: bool
     """Whether the learning rate reached its final value; always true for a written row."""

@@ -38,7 +38,8 @@ class RunView:
     seed: int
     n_params: int
     flops_per_token: float
-    spec: RunSpec
+    spec: RunSpec | None
+    """None for a run of another trainer, or where it cannot be read."""
     record: RunRecord | None
     training: tuple[Curve, ...]
     """Loss of each training batch."""
@@ -129,26 +130,36 @@ def _read_rows(lab: Path, runs: list[RunView]) -> tuple[list[Row], list[Excluded
 
 def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
     try:
-        spec = folder.read_spec()
-    except HomelabError as error:
-        missing.append(f"{folder.path.name}: its spec cannot be read ({error}).")
-        return None
-    try:
         record = folder.read_record()
     except HomelabError:
         record = None  # read_rows lists it among the excluded, with the reason
+    row = record.rows[0] if record is not None and record.rows else None
+    spec = None
+    if folder.spec.exists() or row is None:  # another trainer's run has no spec, and its rows say enough
+        try:
+            spec = folder.read_spec()
+        except HomelabError as error:
+            missing.append(f"{folder.path.name}: its spec cannot be read ({error}).")
     try:
         lines = codec.read_jsonl(folder.metrics)
     except HomelabError as error:
         lines = []
         missing.append(f"{folder.path.name}: its curves cannot be read ({error}).")
-    science = spec.science
+    if spec is not None:
+        science = spec.science
+        rung, seed = spec.rung, science.seed
+        n_params = count_params(science.shape, science.n_vocab).n_params
+        per_token = flops_per_token(science.shape, science.n_vocab)
+    elif row is not None:
+        rung, seed, n_params, per_token = row.rung, row.seed, row.n_params, row.flops / row.n_tokens
+    else:
+        return None
     return RunView(
-        run_id=spec.run_id,
-        rung=spec.rung,
-        seed=science.seed,
-        n_params=count_params(science.shape, science.n_vocab).n_params,
-        flops_per_token=flops_per_token(science.shape, science.n_vocab),
+        run_id=spec.run_id if spec is not None else folder.path.name,
+        rung=rung,
+        seed=seed,
+        n_params=n_params,
+        flops_per_token=per_token,
         spec=spec,
         record=record,
         training=_curves(lines, "step"),
@@ -177,7 +188,9 @@ def _curves(lines: list[dict[str, Any]], kind: str) -> tuple[Curve, ...]:
 
 def _read_corpus(lab: Path, runs: list[RunView]) -> CorpusManifest | None:
     """The manifest behind the runs; None where the shards have moved away."""
-    for run in runs[:1]:
+    for run in runs:
+        if run.spec is None:
+            continue
         path = lab / "runs" / run.run_id / run.spec.shards / "manifest.json"
         try:
             return codec.read_json(path, CorpusManifest)

@@ -102,7 +102,9 @@ class Study:
         if view.fit is None:
             return None
         machines = tuple(dict.fromkeys(run.record.machine for run in view.runs if run.record))
-        training = Training(specs=tuple(run.spec for run in view.runs), machines=machines, corpus=view.corpus)
+        training = Training(
+            specs=tuple(run.spec for run in view.runs if run.spec is not None), machines=machines, corpus=view.corpus
+        )
         return fit_card(view.fit, training)
 
     @cached_property
@@ -156,7 +158,7 @@ def check_runs(view: "LabView", report: FitReport, chosen: "Sequence[RunView]") 
     fitted = {point.row_id for point in report.points}
     found = []
     for run in chosen:
-        warmup = run.spec.science.schedule.warmup_tokens
+        warmup = run.spec.science.schedule.warmup_tokens if run.spec is not None else 0
         check = check_curve(curves[run.run_id], joint, finished, warmup_tokens=warmup)
         if check.verdict == "cannot be judged" and run.rows:
             check = check_decayed(
@@ -175,17 +177,19 @@ def _trunk(run: "RunView", count: str) -> TrunkCurve:
     trunk = [curve for curve in run.validation if not curve.is_decay]
     tokens = np.array([t for curve in trunk for t in curve.tokens], dtype=np.float64)
     losses = np.array([x for curve in trunk for x in curve.losses], dtype=np.float64)
-    science = run.spec.science
+    science = run.spec.science if run.spec is not None else None
     return TrunkCurve(
         run_id=run.run_id,
         n_params=_counted(run, count),
         tokens=tokens,
         losses=losses,
-        horizon_tokens=science.horizons_tokens[-1] if science.schedule.name == "cosine" else None,
+        horizon_tokens=science.horizons_tokens[-1] if science and science.schedule.name == "cosine" else None,
     )
 
 
 def _counted(run: "RunView", count: str) -> float:
+    if run.spec is None:
+        return float(run.n_params)
     counts = count_params(run.spec.science.shape, run.spec.science.n_vocab)
     known = {"total": counts.n_params, "body": counts.n_body, "body+head": counts.n_body + counts.n_head}
     return float(known.get(count, counts.n_params))

@@ -72,7 +72,7 @@ def _text_lines(view: LabView) -> list[str]:
             f"{short(c.train.n_tokens)} training and {short(c.val.n_tokens)} held-out tokens"
             f"{bytes_per_token}. Held out: {c.held_out_rule}."
         ]
-    sciences = {(r.spec.science.n_vocab, r.spec.science.val_tokens) for r in view.runs}
+    sciences = {(r.spec.science.n_vocab, r.spec.science.val_tokens) for r in view.runs if r.spec is not None}
     return [
         f"Text: {vocab:,} token ids; losses are measured on {short(val)} held-out tokens, the same for every rung."
         for vocab, val in sorted(sciences)
@@ -80,9 +80,9 @@ def _text_lines(view: LabView) -> list[str]:
 
 
 def _recipe_lines(view: LabView) -> list[str]:
-    if not view.runs:
+    sciences = [run.spec.science for run in view.runs if run.spec is not None]
+    if not sciences:
         return []
-    sciences = [run.spec.science for run in view.runs]
 
     def all_of(values: Iterable[object]) -> str:
         return listed([str(v) for v in dict.fromkeys(values)])
@@ -104,7 +104,7 @@ def _rows_table(view: LabView) -> Grid:
         ("D", [short(r.n_tokens) for r in view.rows]),
         ("steps", [f"{r.n_steps:,}" for r in view.rows]),
         ("batch", [f"{r.batch_tokens:,}" for r in view.rows]),
-        ("lr", [f"{r.lr_peak:.2g}" for r in view.rows]),
+        ("lr", [known(r.lr_peak, ".2g") for r in view.rows]),
         ("loss ± se", [loss_text(r) for r in view.rows]),
         ("bits/byte", [known(r.bpb, ".3f") for r in view.rows]),
         ("FLOPs", [f"{r.flops:.2e}" for r in view.rows]),
