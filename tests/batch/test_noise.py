@@ -170,7 +170,7 @@ def compiled_model(backend: str, loss_path: str) -> LanguageModel:
 def test_a_compiled_model_is_measured_without_being_compiled_again(
     backend: str, loss_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # leaves no pool of processes behind
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # leaves no pool of processes behind
     if backend == "inductor" and missing_for_compile():
         pytest.skip(f"torch.compile lacks {' and '.join(missing_for_compile())}")
     model, batches = compiled_model(backend, loss_path), micro_batches(3)
