@@ -36,6 +36,8 @@ class Look:
     """Of the newest checkpoint: seconds and joules by phase."""
     clock_update: int = 0
     """How many updates `clock` covers."""
+    has_spec: bool = True
+    """Whether there is a spec.json, readable or not; another trainer's run has none."""
     problems: tuple[str, ...] = ()
 
 
@@ -90,6 +92,7 @@ class FolderFeed:
             is_alive=self._is_alive(),
             clock=clock,
             clock_update=clock_update,
+            has_spec=self._spec.exists,
             problems=tuple(problems),
         )
 

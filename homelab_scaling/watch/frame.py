@@ -120,19 +120,20 @@ class RunNow:
 
     run_id: str
     rung: str
-    seed: int
-    n_params: int
+    seed: int | None
+    n_params: int | None
     state: RunState
     reason: str | None
     phase: str
-    """In words: trunk to 640M, decay to 640M."""
+    """In words: trunk to 640M, decay to 640M; empty where unknown."""
     update: int
-    n_updates: int
+    n_updates: int | None
+    """None where nobody said how long it will be (another trainer's run)."""
     tokens_done: int
     """Trained, decays included."""
-    tokens_total: int
+    tokens_total: int | None
     n_rows: int
-    n_rows_planned: int
+    n_rows_planned: int | None
     left_s: Span | None
     left_why: str | None
     milestone: str | None
@@ -145,7 +146,7 @@ class RunNow:
     held: Held | None
     law: LawWord
     speed: Speed
-    batch_tokens: int
+    batch_tokens: int | None
     noise_scale_tokens: float | None
     """None until it is measured."""
     vram_bytes: int | None
@@ -161,8 +162,8 @@ class RunNow:
     paced_s: float | None
 
     @property
-    def done_frac(self) -> float:
-        return self.update / self.n_updates if self.n_updates else 0.0
+    def done_frac(self) -> float | None:
+        return self.update / self.n_updates if self.n_updates else None
 
 
 @dataclass(frozen=True, kw_only=True)

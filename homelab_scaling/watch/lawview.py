@@ -97,7 +97,7 @@ def _run_view(run: RunEye) -> "RunView | None":
 
     spec = run.spec
     if spec is None:
-        return None
+        return None  # another trainer's run: no schedule to compare trunks under
     try:
         record = codec.from_plain(run.record, RunRecord, "record.json") if run.record else None
     except HomelabError:

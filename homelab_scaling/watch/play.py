@@ -133,8 +133,9 @@ class PlayedFeed:
         self.run_id = path.name
         self.spec: RunSpec | None = None
         self.problem: str | None = None
+        self._has_spec = folder.spec.exists()
         try:
-            self.spec = folder.read_spec()
+            self.spec = folder.read_spec() if self._has_spec else None
         except HomelabError as error:
             self.problem = str(error)
         self._record = Cached(folder.record).read() or {}
@@ -164,6 +165,7 @@ class PlayedFeed:
             logged_s=self._lines[self._at - 1][0] if self._at else None,
             saved_s=None,
             is_alive=True,
+            has_spec=self._has_spec,
             problems=(self.problem,) if self.problem else (),
         )
 

@@ -85,18 +85,20 @@ def _no_run(frame: Frame, width: int) -> list[Line]:
 
 
 def _progress(run: RunNow, width: int) -> Text:
+    if run.n_updates is None or run.done_frac is None or run.tokens_total is None:
+        return fit(
+            [part(2, f"step {words.count(run.update)}"), part(1, f"{words.tokens(run.tokens_done)} tokens")], width
+        )
     left = Text.assemble((f"{100 * run.done_frac:5.1f} %", "bold"))
+    step = f"step {words.count(run.update)} of {words.count(run.n_updates)}"
     forms = (
-        [
-            f"step {words.count(run.update)} of {words.count(run.n_updates)}, {words.tokens(run.tokens_done)} of "
-            f"{words.tokens(run.tokens_total)} tokens"
-        ],
-        [f"step {words.count(run.update)} of {words.count(run.n_updates)}"],
-        [f"{words.count(run.update)}/{words.count(run.n_updates)}"],
+        f"{step}, {words.tokens(run.tokens_done)} of {words.tokens(run.tokens_total)} tokens",
+        step,
+        f"{words.count(run.update)}/{words.count(run.n_updates)}",
     )
     room = width - left.cell_len - 4
-    right = next((f for f in (Text.assemble(*form) for form in forms) if f.cell_len <= room - 10), Text())
-    n = max(4, room - right.cell_len) if right.cell_len else room + 2
+    right = next((form for form in forms if len(form) <= room - 10), "")
+    n = max(4, room - len(right)) if right else room + 2
     style = "green" if run.state in (*ACTIVE, "finished") else STATE_STYLE[run.state]
     return fit([part(3, left), part(2, bar(run.done_frac, n, style)), part(1, right)], width, gap="  ")
 
@@ -106,8 +108,7 @@ def _time(frame: Frame, run: RunNow, width: int) -> Text:
     whole = _ladder_time(frame, ladder)
     if run.left_s is None:
         if run.state == "finished":
-            rows = f"{run.n_rows} of {run.n_rows_planned} rows"
-            return fit([part(3, [("this run is finished", "green")]), part(2, rows), whole], width)
+            return fit([part(3, [("this run is finished", "green")]), part(2, _rows(run)), whole], width)
         return fit([part(3, f"time left unknown: {run.left_why}", "time left unknown"), whole], width)
     if run.state not in ACTIVE:
         left = duration(run.left_s.mid)
@@ -219,7 +220,7 @@ def _speed(run: RunNow, width: int) -> Text:
         if speed.mfu_why
         else part(1, "MFU unknown")
     )
-    noise = run.noise_scale_tokens
+    noise, batch = run.noise_scale_tokens, run.batch_tokens
     return fit(
         [
             part(5, [(words.whole(rate), "bold"), " tokens/s"], [(words.whole(rate), "bold"), " tok/s"])
@@ -233,7 +234,7 @@ def _speed(run: RunNow, width: int) -> Text:
                 f"step {words.step(speed.step_p50_s)}, p99 {words.step(speed.step_p99_s)}",
                 f"step {words.step(speed.step_p50_s)}",
             ),
-            part(2, f"batch {words.count(run.batch_tokens)} tokens", f"batch {words.tokens(run.batch_tokens)}"),
+            None if batch is None else part(2, f"batch {words.count(batch)} tokens", f"batch {words.tokens(batch)}"),
             None if noise is None else part(3, f"noise scale {words.tokens(noise)}", f"noise {words.tokens(noise)}"),
             None if run.lr is None else part(0, f"lr {run.lr:.2g}"),
         ],
@@ -296,8 +297,12 @@ def _whole_cost(cost: Cost | None) -> Part | None:
     return part(1, f"ladder {about}{', '.join(said)} in all", f"ladder {about}{said[-1]}")
 
 
+def _rows(run: RunNow) -> str:
+    return f"{run.n_rows} rows" if run.n_rows_planned is None else f"{run.n_rows} of {run.n_rows_planned} rows"
+
+
 def _place(frame: Frame, run: RunNow, width: int) -> Text:
-    milestone = None
+    milestone, n = None, run.n_params
     if run.milestone is not None:
         in_time = "" if run.milestone_s is None else f" in about {duration(run.milestone_s)}"
         milestone = part(3, f"next {run.milestone}{in_time}", f"next {run.milestone}")
@@ -305,15 +310,15 @@ def _place(frame: Frame, run: RunNow, width: int) -> Text:
     saved = None
     if run.saved_s is not None and active:
         saved = part(2, f"checkpoint {words.ago(max(0.0, frame.t_s - run.saved_s))} old")
-    elif active and frame.replay is None:  # a recording does not know
+    elif active and frame.replay is None and run.n_updates is not None:  # a recording does not know
         saved = part(2, "no checkpoint yet")
     return fit(
         [
-            part(5, f"{words.tokens(run.n_params)} parameters", f"N {words.tokens(run.n_params)}"),
+            None if n is None else part(5, f"{words.tokens(n)} parameters", f"N {words.tokens(n)}"),
             part(4, run.phase) if run.phase and active else None,
             milestone,
             saved,
-            part(1, f"{run.n_rows} of {run.n_rows_planned} rows"),
+            part(1, _rows(run)),
             part(0, f"{run.n_processes} x {run.device}" if run.n_processes > 1 else run.device) if run.device else None,
         ],
         width,

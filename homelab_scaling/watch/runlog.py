@@ -42,6 +42,8 @@ class RunLog:
         """Validation lines as they are."""
         self.update = 0
         """Updates done, by the last line."""
+        self.tokens = 0
+        """On the path to the current weights, by the last line."""
         self.loss: float | None = None
         """Of the last batch; None before the first and after one that was not finite."""
         self.lr: float | None = None
@@ -84,7 +86,7 @@ class RunLog:
     def _step(self, line: dict[str, Any], loss: float | None, tokens: float | None) -> None:
         update: int = line["update"]
         self.update, self.phase = update + 1, str(line.get("phase", "trunk"))
-        self.lr, self.loss = number(line.get("lr")), loss
+        self.lr, self.loss, self.tokens = number(line.get("lr")), loss, int(tokens or self.tokens)
         if loss is None or tokens is None:
             return
         decay = self.phase.startswith("decay")

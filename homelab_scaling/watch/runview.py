@@ -1,11 +1,12 @@
 """One run as the monitor sees it: what its files say, put together."""
 
+from itertools import pairwise
 from typing import Any
 
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit.words import short
 from homelab_scaling.plan.counting import count_params
-from homelab_scaling.specs import RunSpec
+from homelab_scaling.specs import Money, RunSpec
 from homelab_scaling.train.schedule import Phase, phases
 from homelab_scaling.watch.ahead import time_left
 from homelab_scaling.watch.costs import cost_of_record, cost_so_far
@@ -19,6 +20,7 @@ QUIET_S, QUIET_INTERVALS = 180.0, 20.0
 FRESH_S = 30.0
 """A file that grew so recently belongs to a run that lives, wherever its processes are."""
 N_RECENT = 50
+NO_SPEC = "its trainer did not say how long it will be"
 NOT_JUDGED = LawWord(verdict="not judged", off_frac=None, sentence="there is no fit yet; `homelab fit LAB` makes one")
 
 
@@ -179,9 +181,29 @@ class RunEye:
     # ------------------------------------------------------------------------------------------------ where it stands
 
     @property
-    def n_params(self) -> int:
-        """0 where the spec cannot be read."""
-        return count_params(self.spec.science.shape, self.spec.science.n_vocab).n_params if self.spec else 0
+    def is_foreign(self) -> bool:
+        """Another trainer's run (watch/recorder.py): records and metrics without a spec."""
+        seen = self.seen
+        return self.spec is None and seen is not None and not seen.has_spec and bool(self.record)
+
+    @property
+    def n_params(self) -> int | None:
+        """By the spec, else by a row."""
+        if self.spec is not None:
+            return count_params(self.spec.science.shape, self.spec.science.n_vocab).n_params
+        n = self.rows[-1].get("n_params") if self.rows else None
+        return n if isinstance(n, int) else None
+
+    @property
+    def seed(self) -> int | None:
+        """By the spec, else by a row."""
+        seed = self.spec.science.seed if self.spec else self.rows[-1].get("seed") if self.rows else None
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def rung(self) -> str:
+        """By the spec, else by the record."""
+        return self.spec.rung if self.spec else str(self.record.get("rung") or self.run_id)
 
     @property
     def n_updates(self) -> int:
@@ -203,7 +225,7 @@ class RunEye:
         if self.state == "finished":
             return None, "finished"
         if self.spec is None or not self._plan:
-            return None, self.plan_problem or self.feed.problem or "there is no plan of it"
+            return None, self.plan_problem or (NO_SPEC if self.is_foreign else self.feed.problem)
         batch = self.spec.science.batch_tokens_global
         tokens = (self.n_updates - self.update) * batch
         span = time_left(self._rates(), tokens, overhead_frac=self._overhead_frac(), duty=self.duty)
@@ -215,31 +237,31 @@ class RunEye:
         share = tokens / (self.n_updates * batch)
         return Span(low=planned * share / 2, mid=planned * share, high=planned * share * 2), None
 
-    def now(self, now_s: float, law: LawWord, wall: WallModel) -> RunNow | None:
-        """The run in focus; None where its spec cannot be read."""
+    def now(self, law: LawWord, wall: WallModel) -> RunNow | None:
+        """The run in focus; None where there is nothing to say of it."""
         spec, seen, log = self.spec, self.seen, self.log
-        if spec is None or seen is None:
+        if seen is None or (spec is None and not self.is_foreign):
             return None
         left, left_why = self.left()
         phase = self._phase()
-        batch = spec.science.batch_tokens_global
+        batch = spec.science.batch_tokens_global if spec else None
         held = log.held_curve
         machine = self.record.get("machine")
         milestone, milestone_s = self._milestone(phase, left)
         return RunNow(
-            run_id=spec.run_id,
-            rung=spec.rung,
-            seed=spec.science.seed,
+            run_id=self.run_id,
+            rung=self.rung,
+            seed=self.seed,
             n_params=self.n_params,
             state=self.state,
             reason=self._reason(),
-            phase=_phase_words(phase) if phase else "all phases done" if self.state == "finished" else "",
+            phase=_phase_words(phase) if phase else "",
             update=self.update,
-            n_updates=self.n_updates,
-            tokens_done=self.update * batch,
-            tokens_total=self.n_updates * batch,
+            n_updates=self.n_updates or None,
+            tokens_done=log.tokens if batch is None else self.update * batch,
+            tokens_total=None if batch is None else self.n_updates * batch,
             n_rows=len(self.rows),
-            n_rows_planned=len(spec.science.horizons_tokens),
+            n_rows_planned=len(spec.science.horizons_tokens) if spec else None,
             left_s=left,
             left_why=left_why,
             milestone=milestone,
@@ -256,7 +278,7 @@ class RunEye:
             vram_bytes=max((r.vram_bytes for r in log.rates if r.vram_bytes is not None), default=None),
             cost=self.cost(wall),
             device=str(machine.get("device")) if isinstance(machine, dict) and machine.get("device") else None,
-            n_processes=spec.execution.n_processes,
+            n_processes=spec.execution.n_processes if spec else 1,
             logged_s=seen.logged_s,
             saved_s=seen.saved_s,
             paused_s=self._waited(),
@@ -295,28 +317,28 @@ class RunEye:
         rates = self._rates()[-N_RECENT:]
         unknown = self.record.get("unknown")
         why = unknown.get("mfu_frac") if isinstance(unknown, dict) else None
-        if not rates or self.spec is None:
+        if not rates:
             return Speed(mfu_why=why)
-        batch = self.spec.science.batch_tokens_global
-        steps = sorted(r.interval_s * batch / r.interval_tokens for r in rates)
+        steps = sorted(b.interval_s / (b.update - a.update) for a, b in pairwise(rates) if b.update > a.update)
         last = rates[-5:]
         mfu = [(r.mfu_frac, r.interval_s) for r in last if r.mfu_frac is not None]
         return Speed(
             tokens_per_s=sum(r.interval_tokens for r in last) / sum(r.interval_s for r in last),
             mfu_frac=sum(m * s for m, s in mfu) / sum(s for _, s in mfu) if mfu else None,
             mfu_why=None if mfu else why,
-            step_p50_s=steps[(len(steps) - 1) // 2],
-            step_p99_s=steps[min(len(steps) - 1, round(0.99 * (len(steps) - 1)))],
+            step_p50_s=steps[(len(steps) - 1) // 2] if steps else None,
+            step_p99_s=steps[round(0.99 * (len(steps) - 1))] if steps else None,
             n_intervals=len(rates),
         )
 
     def cost(self, wall: WallModel) -> Cost:
         """Energy and money so far and at the end."""
         spec, seen = self.spec, self.seen
-        if spec is None or seen is None:
+        money = spec.money if spec else Money()
+        if seen is None or (spec is None and not self.is_foreign):
             return Cost(kwh_why="its spec cannot be read", usd_why="its spec cannot be read")
         if self.state == "finished":
-            return cost_of_record(self.record, spec.money)
+            return cost_of_record(self.record, money)
         left, _ = self.left()
         unknown = self.record.get("unknown")
         why = unknown.get("kwh") if isinstance(unknown, dict) else None
@@ -326,7 +348,7 @@ class RunEye:
             clock=seen.clock,
             clock_update=seen.clock_update,
             rates=self.log.rates,
-            money=spec.money,
+            money=money,
             wall=wall,
             left_s=left.mid if left else None,
             why=str(why) if why else None,
@@ -344,9 +366,9 @@ class RunEye:
             spent = cost.seconds
         return Rung(
             run_id=self.run_id,
-            rung=spec.rung if spec else str(self.record.get("rung") or self.run_id),
-            seed=science.seed if science else None,
-            n_params=self.n_params or None,
+            rung=self.rung,
+            seed=self.seed,
+            n_params=self.n_params,
             state=self.state,
             reason=self._reason() or ("; ".join(self.seen.problems) if self.seen and self.seen.problems else None),
             done_frac=self.update / self.n_updates if self.n_updates else None,

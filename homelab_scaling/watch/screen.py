@@ -269,7 +269,10 @@ def one_line(frame: Frame) -> str:
     if run is None:
         said.append("no run" if not frame.rungs else f"{len(frame.rungs)} runs wait")
     else:
-        said += [f"{run.run_id} {run.state}", f"{100 * run.done_frac:.1f} %"]
+        said += [
+            f"{run.run_id} {run.state}",
+            f"step {words.count(run.update)}" if run.done_frac is None else f"{100 * run.done_frac:.1f} %",
+        ]
         if run.loss_nats is not None:
             said.append(f"loss {words.loss(run.loss_nats)}")
         if run.held is not None:

@@ -144,7 +144,8 @@ class LadderEye:
             except OSError:
                 here = []
             known = {run.run_id: run for run in self.runs}
-            names = dict.fromkeys([*planned, *(here if not planned else ())])
+            foreign = [name for name in here if not (self.path / "runs" / name / "spec.json").exists()]
+            names = dict.fromkeys([*planned, *(foreign if planned else here)])
             self.runs = [known.get(name) or RunEye(FolderFeed(self.path / "runs" / name)) for name in names]
         self._order = {name: i for i, name in enumerate(planned)}
 
@@ -152,7 +153,7 @@ class LadderEye:
         """Takes in what is new of every run."""
         for run in self.runs:
             run.look(now_s)
-        self.runs.sort(key=lambda run: (self._order.get(run.run_id, len(self._order)), run.n_params, run.run_id))
+        self.runs.sort(key=lambda run: (self._order.get(run.run_id, len(self._order)), run.n_params or 0, run.run_id))
 
     def note_pids(self, pids: dict[str, tuple[int, ...]]) -> None:
         """More processes that may be the runs' own."""
@@ -187,7 +188,7 @@ def make_frame(now_s: float, lab: Path, ladder: LadderEye | None, machine: Machi
     run = ladder.focus(wanted)
     costs = {one.run_id: one.cost(machine.wall) for one in ladder.runs if one.state != "queued"}
     law = ladder.law.judge(run, ladder.runs) if run is not None else NOT_JUDGED
-    shown = run.now(now_s, law, machine.wall) if run is not None else None
+    shown = run.now(law, machine.wall) if run is not None else None
     rungs = tuple(one.line(costs.get(one.run_id)) for one in ladder.runs)
     notes = [f"{one.run_id}: {problem}" for one in ladder.runs if one.seen for problem in one.seen.problems]
     if ladder.plan.problem:

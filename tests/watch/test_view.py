@@ -13,6 +13,7 @@ from watched_lab import DEVICE, NOW, UUIDS, WatchedLab, iso
 
 from homelab_scaling import codec
 from homelab_scaling.errors import SpecError
+from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import Money
 from homelab_scaling.watch import feed
 from homelab_scaling.watch.costs import cost_so_far
@@ -217,6 +218,33 @@ def test_out_of_memory_is_among_the_transitions(flying):
     append(flying.folder("51m"), "oom", NOW - 30, microbatch_seqs_per_rank=8, next=4)
     last = look(flying.lab).watchdog.moments[-1]
     assert last.text == "out of memory with micro-batch 8, goes on with 4"
+
+
+def test_another_trainers_run_has_no_plan_and_still_a_place(empty, monkeypatch):
+    folder = RunFolder(empty / "mine" / "runs" / "mine-124m")
+    lines = []
+    for u in range(10):
+        lines.append(
+            {"kind": "step", "update": u, "step": u, "phase": "trunk", "tokens": 512 * (u + 1), "loss": 5.0 - u / 10}
+        )
+        rate = {"kind": "rate", "update": u + 1, "interval_tokens": 512, "interval_s": 2.0, "power_w": 200.0}
+        lines.append({**rate, "energy_j": 400.0 * (u + 1)})
+    folder.path.mkdir(parents=True)
+    codec.append_jsonl(folder.metrics, lines)
+    codec.append_jsonl(folder.events, [{"kind": "segment", "time": iso(NOW - 30), "update": 0, "pids": [1]}])
+    record = {"run_id": "mine-124m", "rung": "mine-124m", "status": "running", "rows": [], "machine": {"device": "cpu"}}
+    folder.record.write_text(json.dumps(record))
+    for path in (folder.metrics, folder.events, folder.record):
+        os.utime(path, (NOW - 1, NOW - 1))
+    frame = look(empty)
+    run = frame.run
+    assert (run.rung, run.state, run.n_updates, run.done_frac) == ("mine-124m", "running", None, None)
+    assert (run.left_s, run.left_why) == (None, "its trainer did not say how long it will be")
+    assert (run.tokens_done, run.speed.tokens_per_s, run.speed.step_p50_s) == (5120, 256.0, 2.0)
+    assert run.cost.kwh == pytest.approx(4000 / 3.6e6)
+    assert frame.notes == ()
+    shown = words(frame, 100)
+    assert "step 10   5.12k tokens" in shown and "time left unknown: its trainer did not say" in shown
 
 
 # ------------------------------------------------------------------------------------------------ unknown is not zero
