@@ -112,6 +112,20 @@ def test_out_of_range_names_the_range(settings: FakeSettings, machine: MachineFo
     assert settings.journal_at_set == []
 
 
+def test_a_card_that_does_not_tell_its_range_is_asked_all_the_same(
+    settings: FakeSettings, machine: MachineFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untold(_uuid: str, _kind: Kind) -> tuple[float, float]:
+        raise Fault("unsupported", "Not Supported")
+
+    monkeypatch.setattr(settings, "range", untold)
+    actuators, _said = make(settings, machine)
+    with actuators:
+        actuators.apply([Setting(uuid=A, kind="target_temperature_c", value=75.0)])
+        assert settings.values[A, "target_temperature_c"] == 75.0
+    assert settings.values[A, "target_temperature_c"] == 84.0
+
+
 def test_a_card_that_keeps_another_value_is_noticed_and_everything_put_back(
     settings: FakeSettings, machine: MachineFolder
 ) -> None:
