@@ -18,6 +18,7 @@ from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.forecast import SAME_TOKENS_FACTOR, Z95, Forecast, Known, forecast
 from homelab_scaling.batch.priors import OVERHEAD_FRAC, Band, Prior, band, priors_for
 from homelab_scaling.batch.table import Row, Setting, choose_row, trade_off_table
+from homelab_scaling.batch.trials import SweepResult
 from homelab_scaling.errors import DataError
 from homelab_scaling.plan import rules
 from homelab_scaling.plan.parts import AdvisedBatch
@@ -112,8 +113,8 @@ class BatchAdvice:
     law: BatchLaw | None
     """B_crit over the measured rungs against loss, or against tokens where those differ; None below three rungs."""
     why_no_law: str | None
-    sweep: TradeOff | None = None
-    """--verify's, in tokens."""
+    sweep: SweepResult | None = None
+    """--verify's."""
 
     def rung(self, name: str) -> RungAdvice | None:
         return next((r for r in self.rungs if r.rung == name), None)
@@ -187,7 +188,7 @@ def advise(
     ladder: str,
     data_id: str,
     calibration: Calibration | None = None,
-    sweep: TradeOff | None = None,
+    sweep: SweepResult | None = None,
     previous: BatchAdvice | None = None,
     begun: frozenset[str] = frozenset(),
     rescale_beta2: bool = False,

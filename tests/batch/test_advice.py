@@ -322,7 +322,7 @@ def test_a_sweep_calibrates_every_rung() -> None:
     )
     c = advice.calibrate(sweep, Estimate(value=3300, low=3000, high=3600), "a")
     assert c.c == pytest.approx(0.5, rel=0.1) and c.method == "sweep" and c.sd_log is not None
-    found = advised({"a": simple(8_000)}, calibration=c, sweep=sweep)
+    found = advised({"a": simple(8_000)}, calibration=c)
     assert found.rungs[0].b_crit.value == pytest.approx(8_000 * c.c)
     plain = advised({"a": simple(8_000)}).rungs[0].b_crit
     assert found.rungs[0].b_crit.high / found.rungs[0].b_crit.low > plain.high / plain.low
