@@ -182,9 +182,11 @@ def cross_checks(
 def _share_se(law: Law, posed: Posed, theta: Array, around: Spread) -> float:
     """Standard error of a by its slope in theta."""
     step = 1e-5
-    moved = theta + step * np.concatenate([np.eye(len(theta)), -np.eye(len(theta))])
+    n_free = len(theta)
+    moved = np.clip(theta + step * np.concatenate([np.eye(n_free), -np.eye(n_free)]), posed.low, posed.high)
     a = law.derived(posed.natural(moved))["a"]
-    slope = (a[: len(theta)] - a[len(theta) :]) / (2 * step)
+    apart = np.maximum(np.diag(moved[:n_free] - moved[n_free:]), 1e-300)
+    slope = (a[:n_free] - a[n_free:]) / apart
     return float(np.sqrt(slope @ around.covariance @ slope))
 
 

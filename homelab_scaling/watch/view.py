@@ -41,7 +41,8 @@ def find_place(path: Path) -> Place:
         return Place(lab=path.resolve().parent, ladder=path)
     if path.is_dir() and path.resolve().name == MACHINE:
         return Place(lab=path.resolve().parent, ladder=None)
-    if path.is_dir() and not ladders(path) and not (path / MACHINE).is_dir() and any(path.iterdir()):
+    ours = (path / MACHINE).is_dir() or ladders(path) or _is_prepared(path)
+    if path.is_dir() and not ours and any(path.iterdir()):
         raise SpecError(f"{path}: no ladder in it (no LADDER/plan.json, no LADDER/runs); give LAB or LAB/LADDER")
     if not path.exists() and path != Path("lab"):
         raise SpecError(f"{path}: no such folder; give LAB or LAB/LADDER (`homelab run LADDER --lab LAB` makes one)")
@@ -58,6 +59,11 @@ def ladders(lab: Path) -> list[Path]:
 
 def _is_ladder(path: Path) -> bool:
     return path.is_dir() and ((path / "plan.json").is_file() or (path / "runs").is_dir())
+
+
+def _is_prepared(lab: Path) -> bool:
+    """Whether a ladder has begun here that has no plan yet: its shards are being built."""
+    return any((child / "shards").is_dir() or not any(child.iterdir()) for child in lab.glob("*/"))
 
 
 def newest_ladder(lab: Path) -> Path | None:

@@ -546,3 +546,15 @@ def test_whatever_is_missing_or_torn_there_is_a_frame(template, tmp_path_factory
         assert {line.cell_len for line in lines} == {width}
         assert len(lines) <= height
     shutil.rmtree(root)
+
+
+def test_a_lab_whose_shards_are_being_built_is_waited_for(tmp_path):
+    """The second terminal is often opened first."""
+    (tmp_path / "mini" / "shards").mkdir(parents=True)
+    assert find_place(tmp_path).ladder is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "mini" / "shards").rmdir()
+    (tmp_path / "mini" / "notes.txt").touch()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(SpecError, match="no ladder in it"):
+        find_place(tmp_path)
