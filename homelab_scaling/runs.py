@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from homelab_scaling import codec
 from homelab_scaling.errors import MachineError, SpecError
@@ -106,6 +106,8 @@ class Row:
 
 DERIVED_COLUMNS = ("joules_per_token", "kwh_per_mtoken")
 """Of runs.csv, after the fields of `Row`."""
+CORRECTED_COLUMNS = ("c_min_flops", "s_min_steps")
+"""After those, where the ladder's critical batches are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,21 +285,54 @@ def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
     return [row for record in records for row in record.rows], excluded
 
 
-def to_point(row: Row) -> LossPoint:
-    """The fitter's view of a row."""
+def critical_batches(lab: Path) -> dict[str, float]:
+    """B_crit in tokens by rung, from a batch.json that a sweep has calibrated; empty otherwise.
+
+    An uncalibrated one may be wrong by factors, and would bend what is corrected by it.
+    """
+    path = lab / "batch.json"
+    plain = codec.read_plain_json(path) if path.exists() else {}
+    try:
+        if plain["calibration"]["method"] == "uncalibrated":
+            return {}
+        return {str(rung["rung"]): float(rung["b_crit"]["value"]) for rung in plain["rungs"]}
+    except (KeyError, TypeError):
+        return {}
+
+
+def corrected(row: Row, b_crit_tokens: float | None) -> dict[str, float | None]:
+    """`CORRECTED_COLUMNS` of a row: its compute at a batch far below critical, its steps at one far above.
+
+    Source: Kaplan et al. 2020 (arXiv 2001.08361), eqs. 5.4 and 5.5.
+    """
+    if b_crit_tokens is None:
+        return dict.fromkeys(CORRECTED_COLUMNS)
+    ratio = row.batch_tokens / b_crit_tokens
+    return {"c_min_flops": row.flops / (1 + ratio), "s_min_steps": row.n_steps / (1 + 1 / ratio)}
+
+
+def to_point(row: Row, b_crit_tokens: float | None = None) -> LossPoint:
+    """The fitter's view of a row; with the critical batch of its rung where that is known."""
     names = {f.name for f in dataclasses.fields(LossPoint)} & {f.name for f in dataclasses.fields(Row)}
-    return LossPoint(**{name: getattr(row, name) for name in names})
+    shared: dict[str, Any] = {name: getattr(row, name) for name in names}
+    return LossPoint(**shared | corrected(row, b_crit_tokens))
 
 
 def read_runs(lab: Path) -> tuple[list[LossPoint], list[Excluded]]:
     """A lab's points for the fitter, and everything that is not one with its reason."""
     rows, excluded = read_rows(lab)
-    return [to_point(row) for row in rows], excluded
+    b_crit = critical_batches(lab)
+    return [to_point(row, b_crit.get(row.rung)) for row in rows], excluded
 
 
-def runs_csv(records: list[RunRecord]) -> str:
-    """runs.csv: one line per row: the columns of `Row`, then its run's status and machine; unknown is an empty cell."""
-    of_row = [*(f.name for f in dataclasses.fields(Row)), *DERIVED_COLUMNS]
+def runs_csv(records: list[RunRecord], b_crit_tokens: dict[str, float] | None = None) -> str:
+    """runs.csv: one line per row: the columns of `Row`, then its run's status and machine; unknown is an empty cell.
+
+    Args:
+        b_crit_tokens: by rung; where there is any, `CORRECTED_COLUMNS` are there too.
+    """
+    extra = CORRECTED_COLUMNS if b_crit_tokens else ()
+    of_row = [*(f.name for f in dataclasses.fields(Row)), *DERIVED_COLUMNS, *extra]
     of_machine = [f.name for f in dataclasses.fields(Machine)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -306,6 +341,7 @@ def runs_csv(records: list[RunRecord]) -> str:
         machine = codec.to_plain(record.machine)
         for row in record.rows:
             plain = codec.to_plain(row) | {name: getattr(row, name) for name in DERIVED_COLUMNS}
+            plain |= corrected(row, (b_crit_tokens or {}).get(row.rung))
             cells = [*(plain[c] for c in of_row), record.status, *(machine[c] for c in of_machine)]
             writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()
@@ -315,5 +351,5 @@ def write_runs_csv(lab: Path) -> Path:
     """Rebuilds LAB/<ladder>/runs.csv from the records."""
     records, _excluded = read_records(lab)
     path = lab / "runs.csv"
-    codec.write_text(path, runs_csv(records))
+    codec.write_text(path, runs_csv(records, critical_batches(lab)))
     return path

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from homelab_scaling import codec
 from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.runs import (
+    CORRECTED_COLUMNS,
     DERIVED_COLUMNS,
     Excluded,
     LossPoint,
@@ -162,6 +164,30 @@ def test_runs_csv_has_a_line_per_row_and_empty_cells_for_the_unknown(lab: Path) 
     assert float(lines[0]["flops"]) == ROW.flops
     path.unlink()
     assert write_runs_csv(lab).read_text() == runs_csv(read_records(lab)[0]), "the table can be rebuilt at any time"
+
+
+def write_batches(lab: Path, method: str) -> None:
+    b_crit = {"value": 400.0, "low": 300.0, "high": 500.0}
+    plain = {"calibration": {"method": method}, "rungs": [{"rung": "small", "b_crit": b_crit}]}
+    (lab / "batch.json").write_text(json.dumps(plain))
+
+
+def test_a_calibrated_critical_batch_corrects_compute_and_steps(lab: Path) -> None:
+    write_record(lab, "a")
+    write_batches(lab, "sweep")
+    (point, _), _ = read_runs(lab)
+    assert point.c_min_flops == pytest.approx(ROW.flops / (1 + 100 / 400))
+    assert point.s_min_steps == pytest.approx(ROW.n_steps / (1 + 400 / 100))
+    lines = list(csv.DictReader(write_runs_csv(lab).read_text().splitlines()))
+    assert [float(lines[0][name]) for name in CORRECTED_COLUMNS] == [point.c_min_flops, point.s_min_steps]
+
+
+def test_a_guessed_critical_batch_corrects_nothing(lab: Path) -> None:
+    write_record(lab, "a")
+    write_batches(lab, "uncalibrated")
+    (point, _), _ = read_runs(lab)
+    assert point.c_min_flops is None and point.s_min_steps is None
+    assert "c_min_flops" not in write_runs_csv(lab).read_text()
 
 
 def _hold(path: Path, held: "multiprocessing.synchronize.Event") -> None:

@@ -240,7 +240,7 @@ def fit_batch_law(of: str, x: Sequence[float], b_crit: Sequence[float]) -> Batch
 
 
 def min_steps(n_steps: float, batch: float, b_crit: float) -> float:
-    """S_min = S / (1 + B_crit / B): the steps that a batch far above critical would have needed."""
+    """S_min = S / (1 + B_crit / B): the steps that a batch far above critical would have needed (runs.corrected)."""
     return n_steps / (1 + b_crit / batch)
 
 
