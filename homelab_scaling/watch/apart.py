@@ -13,8 +13,11 @@ from typing import IO
 
 from homelab_scaling import codec
 from homelab_scaling.errors import HomelabError
+from homelab_scaling.watch.gpu import CardProcess
 from homelab_scaling.watch.meter import EnergyMeter
+from homelab_scaling.watch.processes import name_of
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
+from homelab_scaling.watch.sensor_child import PROCESSES
 
 SILENT_POLLS, SILENT_S = 5, 2.0
 """A child that owes an answer for longer than so many polls, and so many seconds, is killed and replaced."""
@@ -77,6 +80,7 @@ class SensorsApart:
         self._driver_error: str | None = None
         self._restart_at = 0.0
         self._n_good = 0
+        self._wants_processes = True
         self._start()
         self._wait_for_facts(min(start_s, FIRST_S))
 
@@ -111,6 +115,10 @@ class SensorsApart:
         if self._n_good == GOOD_POLLS:
             self._pause_s = self._back_off[0]
         return self._completed(replace(sample, t_s=now_s))
+
+    def ask_processes(self) -> None:
+        """With the next sample `tell` hears who holds memory on which card."""
+        self._wants_processes = True
 
     def close(self) -> None:
         """Ends the child, which ends by itself when its input does; killed if it does not."""
@@ -157,7 +165,7 @@ class SensorsApart:
             child.close(0.5)
             self._start()
             return None
-        child.ask(now_s)
+        child.ask(f"{now_s!r} {PROCESSES}" if self._wants_processes else repr(now_s))
         answer = child.answer(max(0.02, self.every_s - (time.monotonic() - begun)))
         if answer is None:
             silent = time.monotonic() - child.asked
@@ -204,7 +212,19 @@ class SensorsApart:
         self._driver_error = str(answer["error"]) if answer.get("error") else None
         if "facts" in answer:
             self._take_facts(answer)
+        if PROCESSES in answer:
+            self._wants_processes = False
+            self._tell_processes(answer[PROCESSES])
         return sample
+
+    def _tell_processes(self, said: object) -> None:
+        try:
+            found = codec.from_plain(said, dict[str, tuple[CardProcess, ...]], PROCESSES)
+        except HomelabError as error:
+            raise Gone(f"the sensors said something that is not a list of processes ({error})") from None
+        for uuid, holders in found.items():
+            listed = ", ".join(f"{name_of(one.pid)} {one.pid} ({_gib(one.vram_bytes)})" for one in holders)
+            self.tell(PROCESSES, f"{uuid}: {listed or 'nobody'}")
 
     def _blank(self, now_s: float, spent: float) -> Sample:
         cards = tuple(CardReading(uuid=uuid, state="error", error=self._why) for uuid in self._known)
@@ -224,6 +244,10 @@ class SensorsApart:
 
     def _metered(self, card: CardReading, now_s: float) -> CardReading:
         return self._energy.setdefault(card.uuid, _Energy()).carried_on(card, now_s)
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 class _Energy:
@@ -257,13 +281,13 @@ class _Child:
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
 
-    def ask(self, now_s: float) -> None:
+    def ask(self, line: str) -> None:
         """Asks for a sample, unless one is owed."""
         if self._owes:
             return
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(f"{now_s!r}\n".encode())
+            self._process.stdin.write(f"{line}\n".encode())
         except OSError:
             raise Gone(self._how_it_ended()) from None
         self._owes, self.asked = True, time.monotonic()

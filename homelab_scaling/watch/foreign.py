@@ -149,6 +149,8 @@ class _Reins:
             self.stopped_by_watchdog, self._ended_s = True, time.monotonic()
             self._everyone = processes.identified(processes.family(self.process.pid))
             self._end(signal.SIGTERM)
+        elif self._forwarded:
+            self._run()  # on its way out: saving must not be stretched
         elif order.level == "pause" or self._rests(order):
             self._hold()
         else:

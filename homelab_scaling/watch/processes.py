@@ -37,6 +37,14 @@ def is_alive(pid: int) -> bool:
     return look_up(pid) is not None
 
 
+def name_of(pid: int) -> str:
+    """The program's name; "pid" for one that cannot be seen from here (another container's)."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip() or "pid"
+    except OSError:
+        return "pid"
+
+
 def started_s(process: Process) -> float:
     """Unix time at which it was started, within a second or so."""
     with open("/proc/stat", encoding="utf-8") as file:

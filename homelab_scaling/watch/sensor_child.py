@@ -8,13 +8,22 @@ import json
 import os
 import signal
 import sys
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from homelab_scaling import codec
-from homelab_scaling.watch.gpu import SensorSource, open_sensors
+from homelab_scaling.watch.gpu import CardProcess, SensorSource, open_sensors
+
+PROCESSES = "processes"
+"""After the time: who holds memory is wanted too, which costs a driver milliseconds."""
 
 
-def serve(source: SensorSource, asks: TextIO, answers: TextIO) -> None:
+class LiveSource(SensorSource, Protocol):
+    """A source that also knows who uses the cards."""
+
+    def processes(self) -> dict[str, tuple[CardProcess, ...]]: ...
+
+
+def serve(source: LiveSource, asks: TextIO, answers: TextIO) -> None:
     """Answers until the asking ends."""
 
     def say(**fields: object) -> None:
@@ -24,7 +33,8 @@ def serve(source: SensorSource, asks: TextIO, answers: TextIO) -> None:
     facts = source.facts
     say(facts=codec.to_plain(facts), error=source.error)
     for ask in asks:
-        sample = source.poll(float(ask))
+        now_s, _, wish = ask.strip().partition(" ")
+        sample = source.poll(float(now_s))
         before, facts = facts, source.facts
         say(
             sample=codec.to_plain(sample),
@@ -33,6 +43,7 @@ def serve(source: SensorSource, asks: TextIO, answers: TextIO) -> None:
             poll_p50_s=source.poll_p50_s,
             poll_p99_s=source.poll_p99_s,
             **({"facts": codec.to_plain(facts)} if facts != before else {}),
+            **({"processes": codec.to_plain(source.processes())} if wish == PROCESSES else {}),
         )
 
 

@@ -33,6 +33,7 @@ EVENTS_LIMIT_BYTES = 4_000_000
 N_TRANSITIONS = 10
 LIVE = "nvml"
 """The source whose samples are recorded."""
+VRAM_WORD = "VRAM"
 LOCK_PATIENCE_S = 1.0
 """Somebody who only looks whether the lock is held holds it for a moment."""
 
@@ -158,6 +159,8 @@ class Watchdog:
             self._record(sample, tuple(facts.values()))
             for one in verdict.transitions:
                 self.event("transition", **codec.to_plain(one))
+        if isinstance(self.source, SensorsApart) and any(VRAM_WORD in one.reason for one in verdict.transitions):
+            self.source.ask_processes()  # a card that fills up: whose doing is it
         self._note_lost({uuid for uuid, card in verdict.cards.items() if card.health == "lost"}, now)
         for registration in registrations:
             self._end_if_hung(registration, now)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from homelab_scaling.watch.gpu import CardProcess
 from homelab_scaling.watch.readings import CardFacts, CardReading, Sample
 from homelab_scaling.watch.sensor_child import serve
 
@@ -60,6 +61,10 @@ class FakeCards:
             if uuid in {f.uuid for f in self.facts}
         ]
         return Sample(t_s=now_s, poll_s=0.001, cards=tuple(cards))
+
+    def processes(self) -> dict[str, tuple[CardProcess, ...]]:
+        holders = tuple(CardProcess(pid=pid, kind="compute", vram_bytes=2**30) for pid in self._state().get("pids", ()))
+        return {fact.uuid: holders for fact in self.facts}
 
     def close(self) -> None:
         self.closed = True

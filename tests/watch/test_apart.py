@@ -125,6 +125,21 @@ def test_energy_goes_on_over_a_restart(apart: SensorsApart, said: Path) -> None:
     assert energy == pytest.approx(40.0 + bridged, rel=0.05)
 
 
+def test_who_holds_memory_is_asked_for_at_the_start_and_on_a_surprise(apart: SensorsApart, said: Path) -> None:
+    for _ in range(3):
+        poll_until(apart, answered)
+    tell(said, pids=[os.getpid()])
+    poll_until(apart, answered)
+    apart.ask_processes()
+    for _ in range(3):
+        poll_until(apart, answered)
+    heard = [reason for kind, reason in apart.told if kind == "processes"]  # type: ignore[attr-defined]
+    assert heard[0] == f"{A}: nobody"
+    assert heard[1].startswith(f"{A}: ")
+    assert heard[1].endswith(f" {os.getpid()} (1.0 GiB)")
+    assert len(heard) == 2, "it costs the driver milliseconds: not in every poll"
+
+
 def test_without_a_driver_it_says_why(said: Path) -> None:
     tell(said, error="NVML Shared Library Not Found")
     sensors = SensorsApart(interval_s=0.1, command=command(said))

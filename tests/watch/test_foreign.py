@@ -152,6 +152,7 @@ def test_it_is_registered_with_its_cards_while_it_runs(
     assert boss.machine.registrations() == []
 
 
+@pytest.mark.slow
 def test_pacing_lets_it_run_for_its_share_of_the_time(guard: Guard, boss: Boss, tmp_path: Path) -> None:
     boss.order("slow", 0.5)
     guard(*family())

@@ -246,6 +246,7 @@ def test_energy_comes_from_the_watchdog(lab: Path, watched: MachineFolder) -> No
     assert all(ln["power_w"] == pytest.approx(200.0, rel=0.2) for ln in rates)
 
 
+@pytest.mark.slow
 def test_fit_report_and_monitor_read_it(homelab: Callable[..., Any], tmp_path: Path) -> None:
     lab = tmp_path / "lab" / "mine"
     for n_params in (1_000_000, 2_000_000, 4_000_000, 8_000_000):

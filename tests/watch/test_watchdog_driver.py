@@ -66,6 +66,7 @@ def state(status: Status, card: int) -> str:
     return next((r.state for r in status.readings if r.uuid == uuid), "none")
 
 
+@pytest.mark.slow
 def test_a_hung_driver_call_leaves_the_watchdog_talking(dog: Dog, driver: StubDriver, machine: MachineFolder) -> None:
     dog()
     wait_for(machine, lambda s: [state(s, 0), state(s, 1)] == ["ok", "ok"])
@@ -88,6 +89,17 @@ def test_a_crash_inside_the_driver_is_survived(dog: Dog, driver: StubDriver, mac
     assert any("SIGABRT" in e.get("reason", "") for e in codec.read_jsonl(machine.events))
 
 
+def test_a_card_that_fills_up_names_who_fills_it(dog: Dog, driver: StubDriver, machine: MachineFolder) -> None:
+    dog()
+    status = wait_for(machine, lambda s: state(s, 0) == "ok")
+    driver.set_processes(0, {os.getpid(): 15 * 2**30})
+    total = status.facts[0].vram_bytes
+    driver.set(0, used_bytes=int(0.97 * total))
+    wait_for(machine, lambda s: "VRAM" in s.cards[StubDriver.uuid(0)].reason)
+    needle = f" {os.getpid()} (15.0 GiB)"
+    wait_for(machine, lambda _: any(needle in e.get("reason", "") for e in codec.read_jsonl(machine.events)))
+
+
 def test_one_lost_card_stops_its_own_runs_only(dog: Dog, driver: StubDriver, machine: MachineFolder) -> None:
     dog()
     wait_for(machine, lambda s: [state(s, 0), state(s, 1)] == ["ok", "ok"])
@@ -99,6 +111,7 @@ def test_one_lost_card_stops_its_own_runs_only(dog: Dog, driver: StubDriver, mac
     assert control.cards[StubDriver.uuid(0)].level == "ok"
 
 
+@pytest.mark.slow
 def test_heat_is_paused_in_control_and_lifted_at_the_end(dog: Dog, driver: StubDriver, machine: MachineFolder) -> None:
     process = dog()
     status = wait_for(machine, lambda s: state(s, 0) == "ok")
