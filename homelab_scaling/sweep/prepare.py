@@ -78,15 +78,19 @@ def ensure_corpus(experiment: Experiment) -> CorpusManifest:
         )
 
 
-def make_plan(experiment: Experiment, corpus: CorpusManifest | None) -> Plan:
-    """The plan for what is known so far."""
+def make_plan(experiment: Experiment, corpus: CorpusManifest | None, *, advised: bool = True) -> Plan:
+    """The plan for what is known so far.
+
+    Args:
+        advised: obey the lab's batch.json; False is the plan as the ladder alone would have it.
+    """
     return plan_ladder(
         experiment.ladder,
         corpus,
         experiment.box,
         shards=experiment.shards_reference,
         measured=measured_rates([experiment.lab]),
-        advised=advised_batches(experiment.lab),
+        advised=advised_batches(experiment.lab) if advised else None,
         folder=experiment.ladder_file.parent,
     )
 
