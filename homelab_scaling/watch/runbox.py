@@ -77,6 +77,9 @@ def run_lines(frame: Frame, width: int, *, with_spark: bool = True) -> list[Line
 def _no_run(frame: Frame, width: int) -> list[Line]:
     if frame.ladder is None:
         said = f"There is no ladder in {frame.lab} yet. `homelab run quickstart` makes one; this screen then shows it."
+    elif any(rung.state != "queued" for rung in frame.rungs):
+        n_waiting = sum(rung.state == "queued" for rung in frame.rungs)
+        said = f"No run is going on: {len(frame.rungs) - n_waiting} ended, {n_waiting} wait."
     elif frame.rungs:
         said = f"Nothing has begun: {len(frame.rungs)} runs wait. `homelab run {frame.ladder.name}` starts them."
     else:
