@@ -31,10 +31,15 @@ MIN_STEPS = 3
 """Fewer measuring steps have no spread worth the name."""
 GOOD_K = 8
 """Micro-batches of a step worth having: below, K / (K - 1) is felt."""
-RHO = 0.05
-"""Assumed share of the noise that lies along the gradient, G' Sigma G / (|G|^2 tr Sigma)."""
-D_EFF = 100.0
-"""Assumed number of directions that carry the noise, (tr Sigma)^2 / tr(Sigma^2)."""
+RHO, D_EFF = 0.04, 60.0
+"""Assumed by the plan: the share of the noise that lies along the gradient, G' Sigma G / (|G|^2 tr Sigma), and how many
+directions carry it, (tr Sigma)^2 / tr(Sigma^2).
+
+Measured on GPT-2 of 110k and 474k parameters on Python source, loss 6.1 to 4.4: 0.26 to 0.004 and 11 to 370, the later
+in training the better; with both, the plan was within a factor of 2 of the variance seen.
+"""
+WITHIN = 0.20
+"""How near a planned measurement is to come, nine times in ten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,8 @@ class NoiseScale:
     microbatch_seqs: int
     overhead_frac: float | None = None
     """What hooks (and a split batch) add to a measuring step, as a share of its time; None where not timed."""
+    why_not_informative: str | None = None
+    """Why this point must not stand for the run; None where it may."""
 
     @property
     def sd_log(self) -> float | None:
@@ -152,6 +159,7 @@ def noise_scale(
     n_params: int,
     weights: Array | None = None,
     overhead_frac: float | None = None,
+    why_not_informative: str | None = None,
 ) -> NoiseScale:
     """B_simple of measuring steps at (nearly) the same weights.
 
@@ -182,6 +190,7 @@ def noise_scale(
         k=measurements[-1].k,
         microbatch_seqs=measurements[-1].microbatch_seqs,
         overhead_frac=overhead_frac,
+        why_not_informative=why_not_informative,
     )
 
 
@@ -236,3 +245,35 @@ def fieller(numerator: Array, denominator: Array, weights: Array | None = None) 
         why = f"|G|^2 is not significantly above zero in {len(numerator)} steps; measure more, or with more per step"
         low, high = ((h - root) / a if a < 0 and c > 0 and x > 0 else None), None
     return Ratio(value=None, low=low, high=high, why_no_value=why, numerator=x, denominator=y)
+
+
+def steps_for(
+    b_simple_seqs: float,
+    *,
+    k: int,
+    microbatch_seqs: int,
+    within: float = WITHIN,
+    rho: float = RHO,
+    d_eff: float = D_EFF,
+) -> int:
+    """Measuring steps that bring B_simple to within a share of its value, nine times in ten.
+
+    T = (1.64 / within)^2 (4 rho r + 2 K / (K - 1) r^2 / d_eff): the variance of |G|^2's estimate, a U-statistic, for
+    Gaussian gradients; that of tr(Sigma) is small beside it. At least 3.
+
+    Args:
+        b_simple_seqs: expected.
+        rho, d_eff: of the gradient noise; the defaults are measured (see RHO).
+    """
+    r = b_simple_seqs / (microbatch_seqs * k)
+    return max(MIN_STEPS, math.ceil((Z90 / within) ** 2 * (4 * rho * r + 2 * k / (k - 1) * r * r / d_eff)))
+
+
+def measurable_seqs(
+    n_steps: int, *, k: int, microbatch_seqs: int, within: float = WITHIN, rho: float = RHO, d_eff: float = D_EFF
+) -> float:
+    """The largest B_simple, in sequences, that `n_steps` measure to within a share of it: `steps_for`, solved."""
+    quadratic, linear = 2 * k / (k - 1) / d_eff, 4 * rho
+    wanted = n_steps * (within / Z90) ** 2
+    r = (-linear + math.sqrt(linear * linear + 4 * quadratic * wanted)) / (2 * quadratic)
+    return r * k * microbatch_seqs
