@@ -39,6 +39,7 @@ from homelab_scaling.train.bill import make_bill
 from homelab_scaling.train.checkpoint import START
 from homelab_scaling.train.hooks import MetricsFile, Progress
 from homelab_scaling.train.loop import Trainer
+from homelab_scaling.train.oom_notes import keep_smaller
 from homelab_scaling.train.schedule import Phase
 from homelab_scaling.train.session import choose, start_accelerator, sum_over_ranks
 from homelab_scaling.watch.energy import read_wall_model
@@ -219,7 +220,8 @@ def run_probe(plan: ProbePlan, lab: Path, *, started: float) -> RunRecord | None
         MachineError: another process holds the folder, or the machine cannot do what the spec wants.
         Stopped, StoppedByWatchdog, Diverged: as a run.
     """
-    folder, spec = work_folder(lab, plan.rung), plan.spec
+    folder = work_folder(lab, plan.rung)
+    spec = keep_smaller(plan.spec, folder)  # a micro-batch that memory was too small for is not tried again
     accelerator = start_accelerator(spec, folder.path)
     with folder.lock() if accelerator.is_main_process else contextlib.nullcontext():
         if finished_probe(plan, lab) is not None:

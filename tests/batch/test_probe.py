@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from short_of_memory import shorten
 from toy_run import make_toy_run, steps_of, train_here, write_shards
 
 from homelab_scaling import codec
@@ -35,6 +36,7 @@ from homelab_scaling.errors import DataError, SpecError, Stopped
 from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train.journal import Diverged
+from homelab_scaling.train.model import LanguageModel
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "noise_probe.py"
 BOX = Box(device="cpu", n_gpus=0, vram_bytes=None, computes_bf16=False, n_cores=2, has_compiler=False)
@@ -142,6 +144,20 @@ def test_a_probe_stopped_on_the_way_ends_with_the_same_measurements(
     record = work_folder(lab, plan.rung).read_record()
     assert record is not None and record.status == "stopped"
     assert numbers(run_here(plan, lab)) == numbers(whole)
+
+
+def test_a_probe_that_runs_out_of_memory_goes_on_with_smaller_micro_batches(
+    toy: Callable[..., tuple[RunSpec, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, whole_lab = toy("whole")
+    whole = run_here(plan_probe(spec, burn_in_frac=0.25, microbatch_seqs=2), whole_lab)
+    _, lab = toy("short")
+    monkeypatch.setattr(LanguageModel, "forward", shorten(LanguageModel.forward, fits=1, at_call=4 * 30 + 1))
+    short = run_here(plan_probe(spec, burn_in_frac=0.25, microbatch_seqs=2), lab)
+    assert [(p.k, p.microbatch_seqs) for p in short.points] == [(4, 2), (8, 1), (8, 1)]
+    assert [p.n_steps for p in short.points] == [12, 25, 51]
+    assert numbers(short)[0] == numbers(whole)[0]
+    assert [p.loss_nats for p in short.points] == pytest.approx([p.loss_nats for p in whole.points], rel=1e-4)
 
 
 def test_another_science_throws_away_what_was_begun(toy: Callable[..., tuple[RunSpec, Path]]) -> None:
