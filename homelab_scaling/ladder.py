@@ -144,8 +144,8 @@ class BatchTable:
     """[batch]: the global batch of every rung."""
 
     tokens: int | None = None
-    """Tokens per optimizer step over all ranks; None takes what `homelab batch-size` measured for the rung, else the Step
-    Law batch of its largest horizon."""
+    """Tokens per optimizer step over all ranks; None takes what `homelab batch-size` measured for the rung, else the
+    Step Law batch of its largest horizon."""
 
     def __post_init__(self) -> None:
         require(self.tokens is None or self.tokens > 0, f"batch.tokens = {self.tokens}, wants a positive number")
