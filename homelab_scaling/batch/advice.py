@@ -54,6 +54,13 @@ class Measured:
     loss_nats: float | None
     """At the middle of the run, by which Kaplan's prior is read."""
     points: tuple[NoiseScale, ...] = ()
+    burn_in_tokens: int = 0
+    flops: float = 0.0
+    """Of the burn-in; on the bill, but in no run."""
+    seconds: float = 0.0
+    kwh: float | None = None
+    overhead_frac: float | None = None
+    """Of a measuring step's time, by the hooks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +233,9 @@ def advise(
         if name in begun and before is not None:
             rungs.append(before)
             continue
-        others = [k for n, k in known.items() if n != name]
+        # A measured rung is held against what the smaller ones say of it.
+        size = setting.rung.size.n_params if name in known else math.inf
+        others = [k for n, k in known.items() if n != name and k.n_params < size]
         foretold = _forecast(setting, others, calibration) if others else None
         if name in known and before is not None and before.forecast is not None:
             foretold = before.forecast  # made when this rung was not known: a forecast is judged as it was given

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from homelab_scaling.batch.priors import KAPLAN_LOSS_EXPONENT, POWER_LINES_CRIT_EXPONENT, ZHANG_EXPONENT
 from homelab_scaling.errors import DataError
 
 Array = npt.NDArray[np.float64]
@@ -26,9 +27,9 @@ EXPONENT_BOUNDS = (0.2, 5.0)
 DOUBT_BELOW = 0.05
 """p below which the generalised exponent is taken to fit truly better."""
 
-PUBLISHED_LAWS = {
-    "L": (("Kaplan 2020", -1 / 0.21),),
-    "D": (("Zhang 2024", 0.47), ("Power Lines 2025", 0.462)),
+PUBLISHED_LAWS: dict[str, dict[str, float]] = {
+    "L": {"Kaplan 2020": KAPLAN_LOSS_EXPONENT},
+    "D": {"Zhang 2024": ZHANG_EXPONENT, "Power Lines 2025": POWER_LINES_CRIT_EXPONENT},
 }
 """Exponents of B_crit against loss and against tokens."""
 
@@ -176,8 +177,8 @@ class BatchLaw:
     rms: float
     n_points: int
     x_range: tuple[float, float]
-    published: tuple[tuple[str, float], ...]
-    """Name and exponent of the laws beside which it stands."""
+    published: dict[str, float]
+    """Exponents of the laws beside which it stands."""
     covariance: tuple[tuple[float, float], tuple[float, float]]
     """Of (log_factor, exponent), scatter included."""
 
@@ -197,7 +198,7 @@ class BatchLaw:
         mine = f"{self.exponent.value:.2f} [{self.exponent.low:.2f}, {self.exponent.high:.2f}]"
         said = [
             f"{name}'s {value:.2f} is {'inside' if self.exponent.low <= value <= self.exponent.high else 'outside'}"
-            for name, value in self.published
+            for name, value in self.published.items()
         ]
         head = f"B_crit goes as {self.of}^{mine} over {self.n_points} rungs"
         return f"{head}; {' and '.join(said)}" if said else head
@@ -231,7 +232,7 @@ def fit_batch_law(of: str, x: Sequence[float], b_crit: Sequence[float]) -> Batch
         rms=math.sqrt(float(np.mean(residuals**2))),
         n_points=len(x),
         x_range=(float(min(x)), float(max(x))),
-        published=PUBLISHED_LAWS.get(of, ()),
+        published=PUBLISHED_LAWS.get(of, {}),
         covariance=((covariance[0, 0], covariance[0, 1]), (covariance[1, 0], covariance[1, 1])),
     )
 

@@ -1,17 +1,21 @@
 """Batch advice as rich tables that read well at 100 columns."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from homelab_scaling.batch.advice import BatchAdvice, RungAdvice
 from homelab_scaling.batch.critical import Estimate
-from homelab_scaling.batch.priors import OVERHEAD_FRAC
+from homelab_scaling.batch.priors import OVERHEAD_FRAC, Prior, band
 from homelab_scaling.batch.table import Row
-from homelab_scaling.plan.show import duration, energy, money, number
+from homelab_scaling.plan.show import duration, energy, flops, money, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from homelab_scaling.batch.probe import ProbePlan
+    from homelab_scaling.batch.verify import SweepPlan
 
 SHOWN_SMALLER, SHOWN_LARGER = 8, 16
 """The table shows batches down to an eighth of the chosen one and up to 16 times it."""
@@ -31,10 +35,8 @@ def advice_page(advice: BatchAdvice, plan_batches: dict[str, tuple[int, str]]) -
     ]
     if advice.sweep is not None:
         page += [Text(""), _sweep(advice)]
-    page += [Text(""), _priors(advice)]
-    for sentence in dict.fromkeys(r.band.sentence for r in advice.rungs):
-        names = [r.rung for r in advice.rungs if r.band.sentence == sentence]
-        page.append(Text(f"{', '.join(names)}: {sentence}", style="dim"))
+    page += [Text(""), _priors({r.rung: r.priors for r in advice.rungs}, {r.rung: r.b_crit for r in advice.rungs})]
+    page += _bands({r.rung: r.band.sentence for r in advice.rungs})
     for rung in advice.rungs:
         page += [Text(""), _rows(rung, plan_batches.get(rung.rung))]
         page.append(Text(f"takes {rung.batch_tokens:,} tokens: {rung.why}", style="bold"))
@@ -42,6 +44,63 @@ def advice_page(advice: BatchAdvice, plan_batches: dict[str, tuple[int, str]]) -
     page.append(Text(""))
     page.append(Text(advice.law.compare() if advice.law else f"no law of B_crit over the ladder: {advice.why_no_law}"))
     return page
+
+
+def dry_page(
+    probes: "Sequence[ProbePlan]",
+    sweep: "SweepPlan | None",
+    priors: dict[str, tuple[Prior, ...]],
+    notes: list[str],
+) -> "list[RenderableType]":
+    """What would be measured and what it costs, beside what published work would take."""
+    from rich.text import Text
+
+    from homelab_scaling.batch.measure import bill_of
+
+    bill = bill_of(probes)
+    page: list[RenderableType] = [_probes(probes)] if probes else [Text("nothing is left to measure")]
+    if probes:
+        page.append(Text(f"Total: {flops(bill.flops)} FLOPs, about {duration(bill.seconds)}", style="bold"))
+    if sweep is not None:
+        page.append(Text(sweep.words))
+    page += [Text(note, style="dim") for note in notes]
+    page += [Text(""), _priors(priors, {})]
+    sentences = {name: band(found).sentence for name, found in priors.items()}
+    return page + _bands(sentences)
+
+
+def _probes(probes: "Sequence[ProbePlan]") -> "Table":
+    table = _table(
+        "To be measured",
+        *("rung", "burn-in", "of horizon", "steps", "K x b", "exact to 20 % up to", "FLOPs", "time"),
+    )
+    for p in probes:
+        table.add_row(
+            p.rung,
+            f"{p.burn_in_tokens:,}",
+            f"{p.burn_in_tokens / p.horizon_tokens:.0%}",
+            "+".join(str(len(window.steps)) for window in p.windows),
+            f"{p.k} x {p.microbatch_seqs}",
+            f"B_simple {number(p.measurable_tokens)}",
+            flops(p.flops),
+            duration(p.seconds),
+        )
+    table.caption = (
+        "K micro-batches of b sequences are compared on every measuring step; a larger B_simple comes out less "
+        "exactly, or as a lower bound; start-up is not counted\n"
+    )
+    return table
+
+
+def _bands(sentences: dict[str, str]) -> "list[RenderableType]":
+    """Each sentence once, with the rungs it is about."""
+    from rich.text import Text
+
+    found: list[RenderableType] = []
+    for sentence in dict.fromkeys(sentences.values()):
+        names = [name for name, said in sentences.items() if said == sentence]
+        found.append(Text(f"{', '.join(names)}: {sentence}", style="dim"))
+    return found
 
 
 def _table(title: str, *columns: str) -> "Table":
@@ -113,16 +172,17 @@ def _sweep(advice: BatchAdvice) -> "Table":
     return table
 
 
-def _priors(advice: BatchAdvice) -> "Table":
-    table = _table("Published batches at 20 % overhead, tokens", "prior", *(r.rung for r in advice.rungs), "from")
-    names = dict.fromkeys(p.name.partition("(L")[0] for r in advice.rungs for p in r.priors)
+def _priors(priors: dict[str, tuple[Prior, ...]], b_crit: dict[str, Estimate]) -> "Table":
+    table = _table("Published batches at 20 % overhead, tokens", "prior", *priors, "from")
+    names = dict.fromkeys(p.name for found in priors.values() for p in found)
     for name in names:
-        by_rung = [next((p for p in r.priors if p.name.startswith(name)), None) for r in advice.rungs]
+        by_rung = [next((p for p in found if p.name == name), None) for found in priors.values()]
         source = next(p.source for p in by_rung if p is not None)
         cells = ["-" if p is None else number(p.tokens) + ("?" if p.outside else "") for p in by_rung]
         table.add_row(name, *cells, source)
-    table.add_section()
-    table.add_row("this ladder, 0.2 B_crit", *(number(OVERHEAD_FRAC * r.b_crit.value) for r in advice.rungs), "")
+    if b_crit:
+        table.add_section()
+        table.add_row("this ladder, 0.2 B_crit", *(number(OVERHEAD_FRAC * b_crit[name].value) for name in priors), "")
     table.caption = "? = outside the study's domain\n"
     return table
 
@@ -150,6 +210,7 @@ def _rows(rung: RungAdvice, planned: tuple[int, str] | None) -> "Table":
             money(row.usd),
             style="bold" if chosen else None,
         )
+    table.caption = "> = advised, * = what the plan takes without this advice\n"
     return table
 
 

@@ -179,8 +179,8 @@ def priors_for(
         ),
     ]
     if loss_nats is not None:
-        name, value = f"Kaplan B_crit(L = {loss_nats:.2f})", kaplan_critical_tokens(loss_nats)
-        rows.append((name, "2e8 L^-4.76", "arXiv 2001.08361", "twice the tokens", value, KAPLAN, n_body))
+        value, formula = kaplan_critical_tokens(loss_nats), f"2e8 L^-4.76 at L = {loss_nats:.2f}"
+        rows.append(("Kaplan B_crit(L)", formula, "arXiv 2001.08361", "twice the tokens", value, KAPLAN, n_body))
     return tuple(
         Prior(
             name=name,
@@ -200,11 +200,16 @@ def band(priors: tuple[Prior, ...]) -> Band:
     inside = [p for p in priors if not p.outside]
     chosen = inside or list(priors)
     low, high = min(p.tokens for p in chosen), max(p.tokens for p in chosen)
-    outside = [f"{p.name}: {', '.join(p.outside)}" for p in priors if p.outside]
+    outside = [f"{p.name} ({', '.join(_in_short(way) for way in p.outside)})" for p in priors if p.outside]
     if inside and outside:
-        sentence = f"from {listed([p.name for p in inside])}; outside their domain are {'; '.join(outside)}"
+        sentence = f"from {listed([p.name for p in inside])}; outside their domain are {listed(outside)}"
     elif inside:
         sentence = "every prior was measured at runs like this one"
     else:
-        sentence = f"no prior was measured at runs like this one, so this is the span of all: {'; '.join(outside)}"
+        sentence = f"no prior was measured at runs like this one, so this is the span of all: {listed(outside)}"
     return Band(low_tokens=low, high_tokens=high, n_inside=len(inside), sentence=sentence)
+
+
+def _in_short(way: str) -> str:
+    """`N 44k (measured ...)` -> N; `9.1 tokens per parameter (measured ...)` -> tokens per parameter."""
+    return next(word for word in ("tokens per parameter", "context", "optimizer", "N", "D") if word in way)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from homelab_scaling import codec
 from homelab_scaling.batch.priors import OVERHEAD_FRAC
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
@@ -18,11 +19,13 @@ from homelab_scaling.plan import cost, memory
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.parts import RungPlan
 from homelab_scaling.plan.rules import FEW_STEPS
-from homelab_scaling.runs import run_folders
+from homelab_scaling.runs import RunFolder, RunRecord, run_folders
 from homelab_scaling.specs import ModelShape, Precision
 
 REAL_GAIN_FRAC = 0.02
 """Less time saved than this is not worth a larger batch: it is within the repeatability of a measured speed."""
+MIN_INTERVALS = 3
+"""Fewer log intervals than this tell no speed."""
 BEYOND_CRITICAL = 4.0
 """The table ends at this many times B_crit."""
 
@@ -85,7 +88,7 @@ class Setting:
 
 
 def measured_batch_rates(labs: Iterable[Path]) -> tuple[BatchRate, ...]:
-    """Every speed that the records of these labs hold, with the batch and the split it was reached with."""
+    """Every speed that the runs of these labs reached, with the batch and the split they reached it with."""
     found: list[BatchRate] = []
     for lab in labs:
         if not (lab / "runs").is_dir():
@@ -95,8 +98,7 @@ def measured_batch_rates(labs: Iterable[Path]) -> tuple[BatchRate, ...]:
                 record, spec = folder.read_record(), folder.read_spec()
             except SpecError:
                 continue
-            rates = [row.tokens_per_s for row in (record.rows if record else ()) if row.tokens_per_s]
-            if record is None or not rates:
+            if record is None or (speed := _speed(record, folder)) is None:
                 continue
             found.append(
                 BatchRate(
@@ -107,10 +109,21 @@ def measured_batch_rates(labs: Iterable[Path]) -> tuple[BatchRate, ...]:
                     n_processes=record.machine.n_processes,
                     batch_seqs=spec.science.batch_seqs_global,
                     microbatch_seqs=spec.execution.microbatch_seqs_per_rank,
-                    tokens_per_s=statistics.median(rates),
+                    tokens_per_s=speed,
                 )
             )
     return tuple(found)
+
+
+def _speed(record: RunRecord, folder: RunFolder) -> float | None:
+    """Of the rows, or of what was trained where a trial was stopped before its first; None where that is too little."""
+    rates = [row.tokens_per_s for row in record.rows if row.tokens_per_s]
+    if rates:
+        return statistics.median(rates)
+    # The first interval holds compilation and cold caches.
+    lines = [line for line in codec.read_jsonl(folder.metrics) if line["kind"] == "rate"][1:]
+    seconds = sum(line["interval_s"] for line in lines)
+    return sum(line["interval_tokens"] for line in lines) / seconds if len(lines) >= MIN_INTERVALS else None
 
 
 def trade_off_table(setting: Setting, b_crit_tokens: float, also_tokens: Iterable[int] = ()) -> tuple[Row, ...]:

@@ -300,10 +300,13 @@ def test_a_measurement_revises_the_forecast_and_is_held_against_it() -> None:
     assert wild is not None and wild.surprise is not None and "outside the" in wild.surprise
 
 
-def test_three_measured_rungs_give_a_law() -> None:
+def test_three_measured_rungs_give_a_law(tmp_path: Path) -> None:
     losses = {"a": 5.0, "b": 4.5, "c": 4.0}
     measured = {name: replace(simple(1e8 * loss**-4.8), loss_nats=loss) for name, loss in losses.items()}
-    law = advised(measured).law
+    found = advised(measured)
+    advice.write_advice(tmp_path, found)
+    assert advice.read_advice(tmp_path) == found
+    law = found.law
     assert law is not None and law.of == "L"
     assert law.exponent.value == pytest.approx(-4.8, abs=0.01)
 

@@ -55,7 +55,7 @@ def test_the_domain_is_held_against_each() -> None:
     assert by_name(found, "Zhang CBS(D)").outside == ("context 2048 (measured 512)",)
     assert by_name(found, "Power Lines").outside == ("optimizer AdamW (measured Muon and AdamW)",)
     sentence = priors.band(found).sentence
-    assert sentence.startswith("from Step Law and Kaplan") and "Zhang CBS(D): context 2048" in sentence
+    assert sentence.startswith("from Step Law and Kaplan") and "Zhang CBS(D) (context)" in sentence
 
 
 def test_a_small_rung_is_told_that_nobody_measured_there() -> None:
