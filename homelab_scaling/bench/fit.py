@@ -47,6 +47,8 @@ EVERY = 7
 N_RESAMPLES = 4000
 N_TIMED_RESAMPLES = 400
 EXACT = 1e-9
+CPU_TICK_S = 0.01
+"""The kernel counts a process's CPU time in steps of this; less reads as none."""
 TABLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "chinchilla_figure4_points.csv"
 SINGLE = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
@@ -288,7 +290,7 @@ def _races(job: tuple[Contestant, ...]) -> list[Race]:
         Race(
             peer=one.name if ours is mine[0] else f"  ({ours.name.removeprefix('ours, ')})",
             ratio=one.wall_s / ours.wall_s,
-            cpu_ratio=one.cpu_s / ours.cpu_s,
+            cpu_ratio=one.cpu_s / max(ours.cpu_s, CPU_TICK_S),
             target_ratio=targets[one.name] if ours is mine[0] else None,
         )
         for one in job
