@@ -25,7 +25,7 @@ def test_every_contestant_is_timed_and_judged(small):
     assert result.n_points == 60 and result.n_starts == 12 and result.n_distinct_starts <= 12
     assert len(said) == len(result.grid) + len(result.refits) >= 6
     for one in (*result.grid, *result.refits):
-        assert one.wall_s > 0 and one.cpu_s > 0 and one.gap_frac >= 0, one.name
+        assert one.wall_s > 0 and one.cpu_s >= 0 and one.gap_frac >= 0, one.name
     peers = {one.name for one in (*result.grid, *result.refits) if not one.name.startswith("ours")}
     assert {race.peer for race in result.races if not race.peer.startswith(" ")} == peers
     assert (any("chinchilla" in why for why in result.missing)) == ("chinchilla" not in result.versions)
