@@ -38,7 +38,7 @@ def kaplan_critical_tokens(loss_nats: float) -> float:
     """McCandlish's B_crit [tokens] at a loss: 2e8 L^(-1 / 0.21).
 
     Source: Kaplan et al. 2020 (arXiv 2001.08361), eq. 5.3; WebText2, vocabulary 50,257, context 1,024, Adam, models of
-    3M parameters and more. A 0.24M model with context 64 had 80 times less (reference sweep, tests/batch).
+    3M and 85M parameters. A 0.24M model with context 64 had 80 times less (reference sweep, tests/batch).
     """
     return KAPLAN_B_TOKENS * math.pow(loss_nats, KAPLAN_LOSS_EXPONENT)
 
@@ -121,7 +121,7 @@ class Band:
     sentence: str
 
 
-KAPLAN = Domain(n_params=(3e6, 1.5e9), n_tokens=None, context_tokens=1024, optimizer="Adam")
+KAPLAN = Domain(n_params=(3e6, 85e6), n_tokens=None, context_tokens=1024, optimizer="Adam")
 ZHANG_D = Domain(n_params=(85e6, 1.2e9), n_tokens=(1.7e9, 24e9), context_tokens=512, optimizer="Adam")
 ZHANG_N = Domain(
     n_params=(85e6, 1.2e9),

@@ -51,11 +51,12 @@ def test_without_a_loss_kaplan_is_silent() -> None:
 def test_the_domain_is_held_against_each() -> None:
     found = rung()
     assert by_name(found, "Step Law").outside == ()
-    assert by_name(found, "Kaplan").outside == ()
+    assert by_name(found, "Kaplan").outside == ("N 400M (measured 3.00M to 85.0M)",)
+    assert by_name(rung(n_body=50e6, context_tokens=1024), "Kaplan").outside == ()
     assert by_name(found, "Zhang CBS(D)").outside == ("context 2048 (measured 512)",)
     assert by_name(found, "Power Lines").outside == ("optimizer AdamW (measured Muon and AdamW)",)
     sentence = priors.band(found).sentence
-    assert sentence.startswith("from Step Law and Kaplan") and "Zhang CBS(D) (context)" in sentence
+    assert sentence.startswith("from Step Law; outside") and "Zhang CBS(D) (context)" in sentence
 
 
 def test_a_small_rung_is_told_that_nobody_measured_there() -> None:
