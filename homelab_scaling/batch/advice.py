@@ -26,8 +26,8 @@ from homelab_scaling.runs import run_folders
 from homelab_scaling.specs import ModelShape
 
 UNCALIBRATED = (
-    "uncalibrated: B_crit is taken to be B_simple itself, which was found orders of magnitude too low (Merrill 2025) and "
-    "seven times too high (a noisy quadratic); --verify measures the factor on the smallest rung"
+    "uncalibrated: B_crit is taken to be B_simple itself, which was found orders of magnitude too low (Merrill 2025) "
+    "and seven times too high (a noisy quadratic); --verify measures the factor on the smallest rung"
 )
 
 
