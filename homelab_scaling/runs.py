@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import fcntl
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +240,18 @@ def run_folders(lab: Path) -> list[RunFolder]:
     if not runs.is_dir():
         raise SpecError(f"{lab}: no such lab; run `homelab run LADDER` first, or name a lab's folder")
     return [RunFolder(p) for p in sorted(runs.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
+def readable_runs(labs: Iterable[Path]) -> Iterator[tuple[RunFolder, RunSpec, RunRecord]]:
+    """Every run of these labs with a spec and a record; labs without runs and files that cannot be read give none."""
+    for lab in labs:
+        for folder in run_folders(lab) if (lab / "runs").is_dir() else ():
+            try:
+                record, spec = folder.read_record(), folder.read_spec()
+            except SpecError:
+                continue
+            if record is not None:
+                yield folder, spec, record
 
 
 def planned_run_ids(lab: Path) -> frozenset[str]:

@@ -19,7 +19,7 @@ from homelab_scaling.plan import cost, memory
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.parts import RungPlan
 from homelab_scaling.plan.rules import FEW_STEPS
-from homelab_scaling.runs import RunFolder, RunRecord, run_folders
+from homelab_scaling.runs import RunFolder, RunRecord, readable_runs
 from homelab_scaling.specs import ModelShape, Precision
 
 REAL_GAIN_FRAC = 0.02
@@ -89,30 +89,20 @@ class Setting:
 
 def measured_batch_rates(labs: Iterable[Path]) -> tuple[BatchRate, ...]:
     """Every speed that the runs of these labs reached, with the batch and the split they reached it with."""
-    found: list[BatchRate] = []
-    for lab in labs:
-        if not (lab / "runs").is_dir():
-            continue
-        for folder in run_folders(lab):
-            try:
-                record, spec = folder.read_record(), folder.read_spec()
-            except SpecError:
-                continue
-            if record is None or (speed := _speed(record, folder)) is None:
-                continue
-            found.append(
-                BatchRate(
-                    shape=spec.science.shape,
-                    n_vocab=spec.science.n_vocab,
-                    precision=spec.science.precision,
-                    device=record.machine.device,
-                    n_processes=record.machine.n_processes,
-                    batch_seqs=spec.science.batch_seqs_global,
-                    microbatch_seqs=spec.execution.microbatch_seqs_per_rank,
-                    tokens_per_s=speed,
-                )
-            )
-    return tuple(found)
+    return tuple(
+        BatchRate(
+            shape=spec.science.shape,
+            n_vocab=spec.science.n_vocab,
+            precision=spec.science.precision,
+            device=record.machine.device,
+            n_processes=record.machine.n_processes,
+            batch_seqs=spec.science.batch_seqs_global,
+            microbatch_seqs=spec.execution.microbatch_seqs_per_rank,
+            tokens_per_s=speed,
+        )
+        for folder, spec, record in readable_runs(labs)
+        if (speed := _speed(record, folder)) is not None
+    )
 
 
 def _speed(record: RunRecord, folder: RunFolder) -> float | None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homelab_scaling.box import Box
-from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.counting import count_params, flops_per_token, pad_vocab
 from homelab_scaling.plan.peaks import find_card, peak_bf16_flops, why_no_peak
-from homelab_scaling.runs import Row, run_folders
+from homelab_scaling.runs import Row, readable_runs
 from homelab_scaling.specs import ModelShape, Money, Precision
 
 # CPU, fp32, our chunked loss: fitted to the quickstart's five rungs of 54k to 874k parameters (2 cores of a 2023 Xeon,
@@ -76,30 +75,21 @@ class Power:
 
 def measured_rates(labs: Iterable[Path]) -> tuple[MeasuredRate, ...]:
     """Every speed that the records of these labs hold; labs without runs and unreadable records give none."""
-    found: list[MeasuredRate] = []
-    for lab in labs:
-        if not (lab / "runs").is_dir():
-            continue
-        for folder in run_folders(lab):
-            try:
-                record, spec = folder.read_record(), folder.read_spec()
-            except SpecError:
-                continue
-            found.extend(
-                MeasuredRate(
-                    shape=spec.science.shape,
-                    n_vocab=spec.science.n_vocab,
-                    device=record.machine.device,
-                    n_processes=record.machine.n_processes,
-                    precision=spec.science.precision,
-                    tokens_per_s=row.tokens_per_s,
-                    watts=_measured_watts(row),
-                    watts_err_frac=row.kwh_wall_err_frac,
-                )
-                for row in (record.rows if record else ())
-                if record is not None and row.tokens_per_s
-            )
-    return tuple(found)
+    return tuple(
+        MeasuredRate(
+            shape=spec.science.shape,
+            n_vocab=spec.science.n_vocab,
+            device=record.machine.device,
+            n_processes=record.machine.n_processes,
+            precision=spec.science.precision,
+            tokens_per_s=row.tokens_per_s,
+            watts=_measured_watts(row),
+            watts_err_frac=row.kwh_wall_err_frac,
+        )
+        for _folder, spec, record in readable_runs(labs)
+        for row in record.rows
+        if row.tokens_per_s
+    )
 
 
 def _measured_watts(row: Row) -> float | None:
