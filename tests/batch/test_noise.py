@@ -199,7 +199,11 @@ def test_two_ranks_agree_with_separate_passes(tmp_path: Path, accumulation: int,
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], said
     q, of_mean = norms_by_separate_passes(toy_model(), micro_batches(2 * accumulation))
     for rank in range(2):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from homelab_scaling.batch.noise import NoiseHook
 from homelab_scaling.specs import ModelShape
 from homelab_scaling.train.model import LanguageModel, LossPath, build_model
+from homelab_scaling.train.session import leave_group
 
 N_VOCAB, CONTEXT, SEQS = 100, 16, 4
 
@@ -63,7 +64,8 @@ def main(rank: int, world_size: int, accumulation: int, static_graph: bool, fold
         model.zero_grad()
     found = [(m.k, m.mean_sq_norm, m.sq_norm_of_mean) for m in hook.drain()]
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    del ddp, hook
+    leave_group(together=True)
 
 
 if __name__ == "__main__":
