@@ -240,16 +240,6 @@ def fit_batch_law(of: str, x: Sequence[float], b_crit: Sequence[float]) -> Batch
 # ------------------------------------------------------------------------------------------------------ corrections
 
 
-def min_steps(n_steps: float, batch: float, b_crit: float) -> float:
-    """S_min = S / (1 + B_crit / B): the steps that a batch far above critical would have needed (runs.corrected)."""
-    return n_steps / (1 + b_crit / batch)
-
-
-def min_flops(flops: float, batch: float, b_crit: float) -> float:
-    """C_min = C / (1 + B / B_crit): the compute that a batch far below critical would have needed."""
-    return flops / (1 + batch / b_crit)
-
-
 def overhead_frac(batch: float, b_crit: float) -> float:
     """E / E_min - 1 = B / B_crit: tokens above those of a small batch, for the same loss."""
     return batch / b_crit

@@ -279,21 +279,3 @@ def choose_row(rows: Sequence[Row], overhead_max_frac: float = OVERHEAD_FRAC) ->
         why=f"{head}; a larger batch of {top.batch_tokens:,} tokens ({top.overhead_frac:.0%}) {how}: the machine is "
         "saturated",
     )
-
-
-def with_batch(setting: Setting, b_crit_tokens: float, batch_tokens: int) -> Row:
-    """The row of one given batch.
-
-    Raises:
-        SpecError: it is not whole sequences, or does not fit the card.
-    """
-    context = setting.shape.context_tokens
-    if batch_tokens % context or batch_tokens < context:
-        raise SpecError(
-            f"a batch of {batch_tokens:,} tokens cannot be divided into whole sequences of {context}; take "
-            f"{max(1, round(batch_tokens / context)) * context:,}"
-        )
-    row = _row(setting, batch_tokens // context, b_crit_tokens)
-    if row is None:
-        raise SpecError(f"rung {setting.rung.name}: not even one sequence of {context} tokens fits the card")
-    return row

@@ -130,13 +130,6 @@ def tokens_to_reach(terms: Terms, left: Array, n_params: float | Array) -> Array
         return np.asarray(np.where(over > 0, bounded_exp((terms.log_b - np.log(over)) / terms.beta), np.nan))
 
 
-def params_at_level(terms: Terms, left: Array) -> Array:
-    """N of the cheapest training, at C = 6 N D, that reaches the level `left`; NaN where nothing does."""
-    share = terms.beta / (terms.alpha + terms.beta)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(left > 0, bounded_exp((terms.log_a - np.log(left * share)) / terms.alpha), np.nan)
-
-
 # -------------------------------------------------------------------------------------------------- tokens worth buying
 
 

@@ -148,11 +148,6 @@ def predict_split(fit: ScalingFit, drawn: Draws, flops: float, *, budgets: Range
     )
 
 
-def optimal_split(values: Array, flops: float) -> tuple[Array, Array]:
-    """N and D minimising E + A N^-alpha + B D^-beta at 6 N D = flops, from natural parameters (..., parameter)."""
-    return allocate.split_budget(Terms.of(get_law("chinchilla"), values), flops)
-
-
 def budgets_of(report: FitReport, fit: ScalingFit) -> Range:
     """Smallest and largest 6 N D that was trained; of a published law the corners of its N and D.
 

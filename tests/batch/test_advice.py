@@ -195,13 +195,6 @@ def test_a_batch_that_cannot_be_small_enough_is_said() -> None:
     assert choice.row.batch_tokens == 128 and "50% more tokens" in choice.why
 
 
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    (setting, *_rest) = make_settings()
-    with pytest.raises(SpecError, match=r"1,000 tokens cannot be divided into whole sequences of 128; take 1,024"):
-        table.with_batch(setting, 10_000, 1000)
-    assert table.with_batch(setting, 10_240, 1024).overhead_frac == pytest.approx(0.1)
-
-
 # ------------------------------------------------------------------------------------------------- rate and beta2
 
 

@@ -1,5 +1,7 @@
 """The hyperbola of steps and examples, on problems whose answer is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from homelab_scaling.batch import critical
 from homelab_scaling.errors import DataError
+from homelab_scaling.runs import corrected
 
 SWEEP = ([4, 8, 16, 32, 64, 128], [1536, 832, 596, 398, 242, 274])
 """A 0.24M GPT-2, context 64, Python source: steps to validation loss 4.6, rate tuned per batch, one seed."""
@@ -149,6 +152,6 @@ def test_a_law_needs_three_rungs_that_differ() -> None:
 @given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(1, 1e6))
 def test_corrections_undo_the_hyperbola(s_min: float, b_crit: float, batch: float) -> None:
     steps, flops = s_min * (1 + b_crit / batch), 1e3 * (1 + batch / b_crit)
-    assert critical.min_steps(steps, batch, b_crit) == pytest.approx(s_min)
-    assert critical.min_flops(flops, batch, b_crit) == pytest.approx(1e3)
+    row = SimpleNamespace(n_steps=steps, flops=flops, batch_tokens=batch)
+    assert corrected(row, b_crit) == pytest.approx({"c_min_flops": 1e3, "s_min_steps": s_min})
     assert critical.overhead_frac(0.2 * b_crit, b_crit) == pytest.approx(0.2)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from homelab_scaling.fit import coverage
+from homelab_scaling.fit.allocate import Terms, split_budget
 from homelab_scaling.fit.fit import fit_points
-from homelab_scaling.fit.predict import optimal_split
 from homelab_scaling.fit.worlds import simulate_world
 
 
@@ -30,7 +30,7 @@ def test_the_settings_are_those_that_are_promised():
     assert budgets[0] == pytest.approx(3e15) and budgets[-1] == pytest.approx(3e18) and len(budgets) == 5
     assert [one.noise.outlier_frac for one in found] == [0, 0, 0.15, 0.1, 0]
     law, values = coverage.truth()
-    best, _tokens = optimal_split(values, found[0].design[0].compute)
+    best, _tokens = split_budget(Terms.of(law, values), found[0].design[0].compute)
     assert found[0].design[0].n_params == pytest.approx(float(best) / 8)
     assert law.name == "chinchilla"
 
@@ -53,7 +53,7 @@ def test_quantities_at_the_truth():
     law, values = coverage.truth()
     found = coverage.quantities(law, values, 3e19)
     assert found["a"] == pytest.approx(0.5138994929)
-    assert np.exp(found["ln N_opt"]) == pytest.approx(float(optimal_split(values, 3e19)[0]))
+    assert np.exp(found["ln N_opt"]) == pytest.approx(float(split_budget(Terms.of(law, values), 3e19)[0]))
     assert found["E"] == pytest.approx(1.8172181)
 
 

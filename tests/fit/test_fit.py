@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from homelab_scaling import codec
 from homelab_scaling.errors import DataError, MachineError, SpecError
+from homelab_scaling.fit.allocate import Terms, split_budget
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.laws import LAWS, get_law
-from homelab_scaling.fit.predict import draws_of, optimal_split, predict_loss, predict_split
+from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
 from homelab_scaling.fit.resample import clusters, free_residuals, student_widening
 from homelab_scaling.fit.result import load_fit, save_fit
 from homelab_scaling.fit.slices import frontier, levels
@@ -277,7 +278,8 @@ def test_predictions_carry_interval_and_reach():
 
 def test_published_optimum_of_the_published_law():
     """Besiroglu's Huber optimum: 73.2B parameters at 5.76e23 FLOPs (shared/reference/fitting.md, section 3)."""
-    n, d = optimal_split(np.array([1.8172181, 477.82587, 2143.41736, 0.3473105, 0.3671724]), 5.76e23)
+    values = np.array([1.8172181, 477.82587, 2143.41736, 0.3473105, 0.3671724])
+    n, d = split_budget(Terms.of(LAWS["chinchilla"], values), 5.76e23)
     assert float(n) == pytest.approx(73.2e9, rel=2e-3)
     assert float(d / n) == pytest.approx(17.9, rel=5e-3)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.allocate import Terms, split_budget
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.laws import get_law
-from homelab_scaling.fit.predict import optimal_split
 from homelab_scaling.fit.worlds import (
     Design,
     Noise,
@@ -73,7 +73,7 @@ def test_isoflop_curves_are_centred_on_the_optimum_and_cost_their_budget():
     design = isoflop_design(LAW, TRUTH, (1e16, 1e17), n_sizes=7, width=8)
     assert len(design) == len({row.run for row in design}) == 14
     assert columns_of(design)["flops"] == pytest.approx(np.repeat([1e16, 1e17], 7))
-    best, _d = optimal_split(TRUTH, 1e16)
+    best, _d = split_budget(Terms.of(LAW, TRUTH), 1e16)
     assert design[3].n_params == pytest.approx(float(best))
     assert design[6].n_params / design[0].n_params == pytest.approx(64)
     losses = np.exp(log_losses(design, LAW, TRUTH, SILENT, 1)[0])
