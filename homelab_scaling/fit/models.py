@@ -3,6 +3,7 @@
 Legend:  R batch member (a start or a resample), n point, T term, P parameter, K rows of a model's state
 """
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
@@ -121,7 +122,7 @@ def _distinct_columns(table: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(np.stack(kept, axis=1)), np.stack(spread)
 
 
-class Dense:
+class Dense(ABC):
     """A model that gives all its first and second derivatives; its state are those, (P + P (P + 1) / 2, R, n).
 
     A subclass has `n_points`, `n_params` and `derivatives`.
@@ -130,9 +131,9 @@ class Dense:
     n_points: int
     n_params: int
 
+    @abstractmethod
     def derivatives(self, theta: Array) -> tuple[Array, list[Array], dict[tuple[int, int], Array]]:
         """f (R, n), df/dtheta_p for each p, and d2f/dtheta_p dtheta_q for p <= q where it is not zero."""
-        raise NotImplementedError
 
     def value(self, theta: Array) -> tuple[Array, Array]:
         f, first, second = self.derivatives(theta)
