@@ -332,8 +332,6 @@ def _derived(
     found, loose = {}, {}
     for name, value in at_point.items():
         one = _floored(estimate(float(value), at_draws[name]), 2 * MIN_EXPONENT)
-        if law.tied and name in ("a", "b"):
-            one = Estimate(value=0.5)  # by construction, so it has no interval
         reason = next((unpinned[e] for e in law.exponents if e in unpinned and "bound" in unpinned[e]), None)
         if reason is None and one.ci95 is not None:
             reason = diagnose.wide("share" if name in ("a", "b") else "exponent", one.ci95, lowest)
@@ -349,6 +347,8 @@ def estimate(value: float, draws: Array) -> Estimate:
         return Estimate(value=value)
     with np.errstate(over="ignore", invalid="ignore"):
         se = float(np.std(draws))
+    if (draws == value).all():
+        return Estimate(value=value)  # by construction: no resample could have moved it
     low, high = (float(q) for q in np.quantile(draws, (0.025, 0.975)))
     return Estimate(value=value, se=se if np.isfinite(se) else None, ci95=(low, high))
 
