@@ -7,7 +7,7 @@ the planner's work (plan/ladder.py).
 from dataclasses import dataclass, field
 from typing import Literal
 
-from homelab_scaling.specs import MAX_WARMUP_FRAC, Money, Optim, ScheduleName, WatchLimits, require
+from homelab_scaling.specs import MAX_WARMUP_FRAC, Money, Optim, ScheduleName, Sharding, WatchLimits, require
 
 MAX_CURVE_POINTS_PER_ROW = 20
 
@@ -132,8 +132,24 @@ class LrTable:
     peak: float = 3e-3
     at_body_params: float = 1e6
     exponent: float = -0.25
+    at_batch_tokens: int | None = None
+    """The batch that this rate is for: a measured batch scales it by sqrt(B / at_batch_tokens) up to B_crit. None takes
+    the ladder's own batch, else Step Law's."""
+    bracket: tuple[float, ...] = ()
+    """Multiples of the rate tried on the smallest rungs, such as [0.5, 1, 2]; lr(N) is fitted to the best and used for
+    the larger rungs. Empty tunes nothing."""
+    bracket_rungs: int = 2
+    """On how many of the smallest rungs: 2 or 3."""
 
     def __post_init__(self) -> None:
+        factors = self.bracket
+        require(
+            not factors or (len(set(factors)) == len(factors) >= 2 and 1 in factors and min(factors) > 0),
+            f"lr.bracket = {list(factors)}, wants different positive multiples with 1 among them, such as [0.5, 1, 2]",
+        )
+        require(2 <= self.bracket_rungs <= 3, f"lr.bracket_rungs = {self.bracket_rungs}, wants 2 or 3")
+        at = self.at_batch_tokens
+        require(at is None or at > 0, f"lr.at_batch_tokens = {at}, wants a positive number")
         require(self.peak > 0, f"lr.peak = {self.peak}, wants a positive number")
         require(self.at_body_params > 0, f"lr.at_body_params = {self.at_body_params}, wants a positive number")
         require(-1 <= self.exponent <= 0, f"lr.exponent = {self.exponent}, wants -1 to 0 (larger models want less)")
@@ -146,8 +162,28 @@ class BatchTable:
     tokens: int | None = None
     """Tokens per optimizer step over all ranks; None takes what `homelab batch-size` measured for the rung, else the
     Step Law batch of its largest horizon."""
+    measure: bool = True
+    """Whether `homelab run` measures the noise scale of a rung before it trains it, where no batch is given."""
+    burn_in_frac: float = 0.2
+    """Share of the longest horizon that such a measurement trains."""
+    calibrate: Literal["branch", "none"] = "branch"
+    """How B_crit follows from the noise scale: by branching a checkpoint of the smallest rung at several batches, or
+    uncalibrated."""
+    noise_every_steps: int | None = None
+    """Measure the noise scale on every so-many-th update of each run too; None takes a cadence that costs under 3 %,
+    0 never."""
+    warmup_from_tokens: int | None = None
+    """Start with this batch and double it up to the rung's own whenever the noise scale passes twice the batch, the
+    rate going with its square root; None trains with one batch throughout."""
 
     def __post_init__(self) -> None:
+        require(0 < self.burn_in_frac <= 1, f"batch.burn_in_frac = {self.burn_in_frac}, wants more than 0, at most 1")
+        every, first = self.noise_every_steps, self.warmup_from_tokens
+        require(every is None or every >= 0, f"batch.noise_every_steps = {every}, wants 0 (never) or more")
+        require(first is None or first > 0, f"batch.warmup_from_tokens = {first}, wants a positive number")
+        require(
+            first is None or every != 0, "batch.warmup_from_tokens needs the noise scale; remove noise_every_steps = 0"
+        )
         require(self.tokens is None or self.tokens > 0, f"batch.tokens = {self.tokens}, wants a positive number")
 
 
@@ -194,6 +230,10 @@ class TrainTable:
     """torch.compile; `auto` compiles unless there is no C compiler or it costs over 10 % of the predicted run."""
     loss: Literal["auto", "chunked", "plain"] = "auto"
     """The loss path; `auto` takes the chunked one where the logits would be large."""
+    activation_checkpointing: bool = False
+    """Compute each block again on the way back instead of keeping what it saved: less memory, a third more time."""
+    sharding: Sharding = "none"
+    """`full` and `grad-op` train with FSDP over the ranks of a run; for models whose states do not fit one card."""
     log_every_steps: int = 10
     """How often the host reads the device: losses, commands, the non-finite flag."""
     checkpoint_every_s: float = 600.0

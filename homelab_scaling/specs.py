@@ -9,14 +9,18 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
-from homelab_scaling.codec import stable_hash
+from homelab_scaling.codec import stable_hash, to_plain
 from homelab_scaling.errors import SpecError
 
 Precision = Literal["bf16", "fp32"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 ScheduleName = Literal["wsd", "cosine"]
+Sharding = Literal["none", "grad-op", "full"]
+"""What FSDP splits over the ranks: nothing (DDP), gradients and optimizer states, or the weights too."""
 
 MAX_WARMUP_FRAC = 0.10
+LATER_FIELDS = frozenset({"batch_warmup"})
+"""Of ScienceSpec; None in runs that were named before they existed."""
 
 
 def require(ok: bool, message: str) -> None:
@@ -208,6 +212,24 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchWarmup:
+    """A batch that starts small and doubles up to the run's own batch while the measured noise scale allows it.
+
+    A step stays one full batch of tokens; during the warm-up it is cut into 2^k optimizer updates, each at the rate
+    times sqrt(its batch / the full batch). So tokens, horizons and the order of the text do not depend on the warm-up.
+    """
+
+    from_tokens: int
+    """The first batch [tokens]; the full batch is a power of two times it."""
+    grow_at: float = 2.0
+    """Doubled when the noise scale passes this many times the present batch (Merrill et al. 2025)."""
+
+    def __post_init__(self) -> None:
+        require(self.from_tokens >= 1, f"batch_warmup.from_tokens = {self.from_tokens}, wants 1 or more")
+        require(self.grow_at > 0, f"batch_warmup.grow_at = {self.grow_at}, wants a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScienceSpec:
     """Everything that decides a run's result; its hash is the run's identity."""
 
@@ -226,6 +248,7 @@ class ScienceSpec:
     seed: int
     val_tokens: int
     """Size of the full validation set, in tokens."""
+    batch_warmup: BatchWarmup | None = None
 
     def __post_init__(self) -> None:
         horizons = self.horizons_tokens
@@ -250,6 +273,13 @@ class ScienceSpec:
             self.schedule.name == "wsd" or len(horizons) == 1,
             f"a {self.schedule.name} run has one horizon, found {len(horizons)}",
         )
+        if (warmup := self.batch_warmup) is not None:
+            n_first, rest = divmod(self.batch_tokens_global, warmup.from_tokens)
+            require(
+                rest == 0 and n_first & (n_first - 1) == 0 and warmup.from_tokens % self.shape.context_tokens == 0,
+                f"batch warm-up from {warmup.from_tokens} tokens to {self.batch_tokens_global}: wants sequences of "
+                f"{self.shape.context_tokens} tokens, whole ones, that reach the full batch by doubling",
+            )
 
     @property
     def batch_seqs_global(self) -> int:
@@ -258,8 +288,9 @@ class ScienceSpec:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over every field."""
-        return stable_hash(self)
+        """SHA-256 over every field; one that came later and is not used does not rename the runs from before it."""
+        plain = to_plain(self)
+        return stable_hash({k: v for k, v in plain.items() if v is not None or k not in LATER_FIELDS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +308,11 @@ class ExecutionSpec:
     curve_tokens: int = 100_000
     curve_every_tokens: int | None = None
     """Cadence of the validation curve; None measures no curve."""
+    noise_every_steps: int | None = None
+    """The gradient noise scale is measured on every so-many-th optimizer update; None never."""
+    activation_checkpointing: bool = False
+    """Blocks keep their inputs alone and are computed again on the way back: less memory, about a third more time."""
+    sharding: Sharding = "none"
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     predicted_s: float | None = None
     """The plan's guess of the whole run's seconds, for the compile rule and the progress bar."""
@@ -285,6 +321,8 @@ class ExecutionSpec:
         for key in ("n_processes", "microbatch_seqs_per_rank", "log_every_steps"):
             value = getattr(self, key)
             require(value >= 1, f"execution.{key} = {value}, wants 1 or more")
+        every = self.noise_every_steps
+        require(every is None or every >= 1, f"execution.noise_every_steps = {every}, wants 1 or more")
 
     def accumulation_steps(self, science: ScienceSpec) -> int:
         """Forward passes per rank and optimizer step; SpecError if the batch does not divide."""

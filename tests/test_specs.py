@@ -12,6 +12,7 @@ from homelab_scaling import codec
 from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Horizons, LrTable, Rung, ScheduleTable, TrainTable, Validation
 from homelab_scaling.specs import (
+    BatchWarmup,
     ExecutionSpec,
     ModelShape,
     Money,
@@ -61,6 +62,7 @@ OTHER: dict[type, dict[str, Any]] = {
         "precision": "bf16",
         "seed": 1,
         "val_tokens": 6400,
+        "batch_warmup": BatchWarmup(from_tokens=SCIENCE.batch_tokens_global // 2),
     },
 }
 PARTS = {"shape": ModelShape, "schedule": Schedule, "optim": Optim}

@@ -275,6 +275,8 @@ def _run_spec(
         microbatch_seqs_per_rank=placement.microbatch_seqs_per_rank,
         compile=table.compile,
         loss=table.loss,
+        activation_checkpointing=table.activation_checkpointing,
+        sharding=table.sharding,
         log_every_steps=table.log_every_steps,
         checkpoint_every_s=table.checkpoint_every_s,
         checkpoint_every_steps=table.checkpoint_every_steps,
