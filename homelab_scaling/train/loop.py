@@ -87,7 +87,11 @@ class Trainer:
         self.shards = open_matching_shards(spec, folder)
         self.feed = Feed(self.shards, spec, rank=self.rank, world_size=self.world_size, device=self.device)
         self.model: LanguageModel = build_model(
-            self.science.shape, self.science.n_vocab, seed=self.science.seed, loss_path=choices.loss_path
+            self.science.shape,
+            self.science.n_vocab,
+            seed=self.science.seed,
+            loss_path=choices.loss_path,
+            recompute=self.execution.activation_checkpointing,
         )
         if choices.compile:
             self.model.compile_in_place()

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2Model
 
 from homelab_scaling.plan.counting import pad_vocab
@@ -25,13 +26,17 @@ class LanguageModel(nn.Module):
 
     The parameters have the names and shapes of `GPT2LMHeadModel`, a tied head stored once as the token embedding, so
     `state_dict()` loads into Hugging Face's model as it is.
+
+    Args:
+        recompute: each block keeps its input alone and is computed again in the backward pass.
     """
 
-    def __init__(self, config: GPT2Config, *, n_vocab: int, loss_path: LossPath) -> None:
+    def __init__(self, config: GPT2Config, *, n_vocab: int, loss_path: LossPath, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.n_vocab = n_vocab
         self.loss_path = loss_path
+        self.recompute = recompute
         self.transformer = GPT2Model(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._compiled_backbone: Callable[[Tensor], Tensor] | None = None
@@ -86,8 +91,12 @@ class LanguageModel(nn.Module):
         """
         gpt2 = self.transformer
         hidden_BTD = gpt2.wte(x_BT) + gpt2.wpe.weight[: x_BT.shape[1]]
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in gpt2.h:
-            hidden_BTD = block(hidden_BTD)
+            if recompute:  # there is no dropout, so no random state to put back
+                hidden_BTD = checkpoint(block, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden_BTD = block(hidden_BTD)
         normed_BTD: Tensor = gpt2.ln_f(hidden_BTD)
         return normed_BTD
 
@@ -112,10 +121,13 @@ def gpt2_config(shape: ModelShape, n_vocab: int) -> GPT2Config:
     )
 
 
-def build_model(shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPath) -> LanguageModel:
+def build_model(
+    shape: ModelShape, n_vocab: int, *, seed: int, loss_path: LossPath, recompute: bool = False
+) -> LanguageModel:
     """An initialised model in fp32 on the CPU, the same bits for the same seed whatever device it moves to."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model = LanguageModel(gpt2_config(shape, n_vocab), n_vocab=n_vocab, loss_path=loss_path)
+        config = gpt2_config(shape, n_vocab)
+        model = LanguageModel(config, n_vocab=n_vocab, loss_path=loss_path, recompute=recompute)
     _init_weights(model, seed)
     return model
 
