@@ -81,35 +81,36 @@ def middle_of_run(points: Sequence[NoiseScale], *, horizon_tokens: float) -> Mid
             n_points=len(informative),
         )
     sd = np.array([p.sd_log or 0.0 for p in usable])
-    line = _line(
+    found = weighted_line(
         np.log([p.tokens_trained / at for p in usable]),
         np.log([p.b_simple_tokens or 0.0 for p in usable]),
         sd**2 + SCATTER_LN**2,
     )
-    half = Z95 * math.sqrt(line.var + SCATTER_LN**2)
+    half = Z95 * math.sqrt(found.var + SCATTER_LN**2)
     return MidRun(
         at_tokens=at,
-        b_simple_tokens=math.exp(line.value),
-        ci95_tokens=(math.exp(line.value - half), math.exp(line.value + half)),
+        b_simple_tokens=math.exp(found.value),
+        ci95_tokens=(math.exp(found.value - half), math.exp(found.value + half)),
         at_least_tokens=None,
         why_no_number=None,
         loss_nats=loss,
-        exponent=line.slope,
-        exponent_sd=line.slope_sd,
+        exponent=found.slope,
+        exponent_sd=found.slope_sd,
         n_points=len(usable),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Line:
+class Line:
+    """A straight line's height at x = 0 and its slope, with their errors."""
+
     value: float
-    """At x = 0."""
     var: float
     slope: float
     slope_sd: float
 
 
-def _line(x: NDArray[np.float64], y: NDArray[np.float64], var: NDArray[np.float64]) -> _Line:
+def weighted_line(x: NDArray[np.float64], y: NDArray[np.float64], var: NDArray[np.float64]) -> Line:
     """Weighted least squares, the prior as one more observation of the slope; wider where points scatter more."""
     design = np.stack([np.ones_like(x), x], axis=1)
     precision = design.T @ (design / var[:, None]) + np.diag([0.0, SLOPE_SD**-2])
@@ -117,7 +118,7 @@ def _line(x: NDArray[np.float64], y: NDArray[np.float64], var: NDArray[np.float6
     chi2 = float(((y - design @ theta) ** 2 / var).sum()) + ((theta[1] - SLOPE) / SLOPE_SD) ** 2
     # n points and one prior against two parameters. Source: Birge 1932; the Particle Data Group's scale factor.
     covariance = np.linalg.inv(precision) * max(1.0, chi2 / max(1, len(x) - 1))
-    return _Line(
+    return Line(
         value=float(theta[0]),
         var=float(covariance[0, 0]),
         slope=float(theta[1]),
