@@ -50,6 +50,10 @@ class Args:
     """torch.compile."""
     loss: Literal["auto", "chunked", "plain"] | None = None
     """Loss path."""
+    recompute: bool | None = None
+    """Activation checkpointing: blocks are computed again on the way back; less memory, a third more time."""
+    sharding: Literal["none", "grad-op", "full"] | None = None
+    """What FSDP splits over the ranks: nothing, gradients and optimizer states, or the weights too."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] | None = None
     """Where curves go, for example `--trackers tensorboard wandb`."""
 
@@ -79,6 +83,8 @@ def with_overrides(spec: RunSpec, folder: RunFolder, args: Args) -> RunSpec:
         "device": args.device,
         "compile": args.compile,
         "loss": args.loss,
+        "activation_checkpointing": args.recompute,
+        "sharding": args.sharding,
         "trackers": args.trackers,
     }
     changed = {key: value for key, value in given.items() if value is not None}

@@ -13,7 +13,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.plan.counting import count_params, flops_per_token, pad_vocab
 from homelab_scaling.plan.peaks import find_card, peak_bf16_flops, why_no_peak
 from homelab_scaling.runs import Row, readable_runs
-from homelab_scaling.specs import ModelShape, Money, Precision
+from homelab_scaling.specs import ModelShape, Money, Precision, Sharding
 
 # CPU, fp32, our chunked loss: fitted to the quickstart's five rungs of 54k to 874k parameters (2 cores of a 2023 Xeon,
 # vocabulary 2,048, batches of 8 x 128), which it reproduces within 18 %.
@@ -60,6 +60,8 @@ class MeasuredRate:
     n_processes: int
     precision: Precision
     tokens_per_s: float
+    activation_checkpointing: bool = False
+    sharding: Sharding = "none"
     watts: float | None = None
     """Mean power at the plug while it ran, from measured card energy; None where there was no sensor."""
     watts_err_frac: float | None = None
@@ -83,6 +85,8 @@ def measured_rates(labs: Iterable[Path]) -> tuple[MeasuredRate, ...]:
             n_processes=record.machine.n_processes,
             precision=spec.science.precision,
             tokens_per_s=row.tokens_per_s,
+            activation_checkpointing=spec.execution.activation_checkpointing,
+            sharding=spec.execution.sharding,
             watts=_measured_watts(row),
             watts_err_frac=row.kwh_wall_err_frac,
         )
@@ -107,13 +111,16 @@ def predict_rate(
     microbatch_seqs: int,
     accumulation_steps: int,
     precision: Precision,
+    activation_checkpointing: bool = False,
+    sharding: Sharding = "none",
     measured: Sequence[MeasuredRate] = (),
 ) -> Rate | None:
     """Tokens per second over all ranks; None where no measurement and no assumption covers the device."""
+    asked = (shape, n_vocab, n_processes, precision, activation_checkpointing, sharding)
     same = [
         m.tokens_per_s
         for m in measured
-        if (m.shape, m.n_vocab, m.n_processes, m.precision) == (shape, n_vocab, n_processes, precision)
+        if (m.shape, m.n_vocab, m.n_processes, m.precision, m.activation_checkpointing, m.sharding) == asked
         and _is_here(m, box)
     ]
     if same:
@@ -122,14 +129,16 @@ def predict_rate(
         )
     tokens_per_rank = microbatch_seqs * accumulation_steps * shape.context_tokens
     if not box.on_gpu:
-        compute_s = _cpu_step_s(shape, n_vocab, tokens_per_rank * n_processes, box.n_cores, precision)
+        compute_s = _cpu_step_s(
+            shape, n_vocab, tokens_per_rank * n_processes, box.n_cores, precision, activation_checkpointing
+        )
         step_s = compute_s + CPU_S_PER_MICROSTEP * accumulation_steps
         return Rate(tokens_per_s=tokens_per_rank * n_processes / step_s, basis="assumed (CPU model of plan/cost.py)")
     peak = peak_bf16_flops(box.device)
     if peak is None or precision != "bf16":
         return None
     mfu = GPU_MFU_WIDE * shape.d_model / (shape.d_model + GPU_MFU_HALF_WIDTH)
-    compute_s = tokens_per_rank * flops_per_token(shape, n_vocab, padded=True) / (peak * mfu)
+    compute_s = tokens_per_rank * asked_flops_per_token(shape, n_vocab, activation_checkpointing) / (peak * mfu)
     floor_s = accumulation_steps * (GPU_LAUNCH_S_PER_LAYER * shape.n_layer + GPU_LAUNCH_S)
     step_s = max(compute_s, floor_s) + _traffic_s(shape, n_vocab, n_processes, compute_s)
     return Rate(
@@ -145,11 +154,21 @@ def why_no_rate(box: Box, precision: Precision) -> str:
     return f"no speed is assumed for {precision} on a GPU; the first run measures it"
 
 
-def _cpu_step_s(shape: ModelShape, n_vocab: int, n_tokens: int, n_cores: int, precision: Precision) -> float:
+def asked_flops_per_token(shape: ModelShape, n_vocab: int, activation_checkpointing: bool = False) -> float:
+    """FLOPs per token asked of the hardware: with padded columns, and the blocks' forward twice where recomputed."""
+    flops = flops_per_token(shape, n_vocab, padded=True)
+    blocks = flops - 6 * pad_vocab(n_vocab) * shape.d_model
+    return flops + (blocks / 3 if activation_checkpointing else 0.0)
+
+
+def _cpu_step_s(  # noqa: PLR0917
+    shape: ModelShape, n_vocab: int, n_tokens: int, n_cores: int, precision: Precision, recompute: bool
+) -> float:
     """Matmuls at the assumed rate, softmax and cross-entropy by their logits."""
     cores = min(n_cores, MAX_USEFUL_CORES)
     speedup = CPU_BF16_SPEEDUP if precision == "bf16" else 1.0
-    matmul_s = n_tokens * flops_per_token(shape, n_vocab, padded=True) / (CPU_FLOPS_PER_CORE * speedup * cores)
+    flops = n_tokens * asked_flops_per_token(shape, n_vocab, recompute)
+    matmul_s = flops / (CPU_FLOPS_PER_CORE * speedup * cores)
     return matmul_s + n_tokens * pad_vocab(n_vocab) * CPU_CORE_S_PER_LOGIT / cores
 
 

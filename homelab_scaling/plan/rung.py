@@ -66,6 +66,8 @@ def plan_rung(given: Given, rung: Rung) -> RungPlan:
         microbatch_seqs=placement.microbatch_seqs_per_rank,
         accumulation_steps=placement.accumulation_steps,
         precision=training.precision,
+        activation_checkpointing=given.ladder.train.activation_checkpointing,
+        sharding=given.ladder.train.sharding,
         measured=given.measured,
     )
     launches = plan_launches(given, rung, training, rate)
@@ -137,6 +139,8 @@ def plan_training(given: Given, rung: Rung, size: Size) -> Training:
         )
     if advised is not None:
         lr = rules.scaled_lr(lr, rung, ladder.lr, advised.lr_scale)
+    elif source not in ("rung", "ladder"):
+        lr = rules.scaled_lr(lr, rung, ladder.lr, rules.unmeasured_lr_scale(ladder.lr, batch))
     warmup = rules.warmup_tokens(ladder.schedule.warmup_frac, tokens[0], batch)
     if ladder.schedule.name == "wsd":
         _check_decays(given, rung.name, tokens, batch, warmup)
@@ -160,6 +164,9 @@ def _advised(given: Given, rung: Rung, size: Size) -> AdvisedBatch | None:
     if found is None or rung.batch_tokens or given.ladder.batch.tokens:
         return None
     other = "model" if found.shape != size.shape else None
+    horizon = None if given.ladder.horizons.steps else max(_wishes(given.ladder, rung, size, batch_tokens=1))
+    if horizon is not None and abs(gap(horizon, found.n_tokens)) > rules.GAP_WARN_FRAC:
+        other = "horizon"
     if given.corpus is not None and found.data_id != given.corpus.data_id:
         other = "text"
     if other is not None:
@@ -179,13 +186,9 @@ def _batch(given: Given, rung: Rung, size: Size, advised: AdvisedBatch | None) -
     if advised is not None:
         wanted, source = advised.batch_tokens, advised.basis
     if wanted is None:
-        if ladder.horizons.steps:
-            raise SpecError(
-                "horizons.steps needs batch.tokens: without it the batch follows from D by Step Law, and D from the "
-                "batch; write batch.tokens"
-            )
-        wanted = max(1, round(rules.step_law_batch(max(_wishes(ladder, rung, size, batch_tokens=1)))))
-        source = "Step Law"
+        longest = None if ladder.horizons.steps else max(_wishes(ladder, rung, size, batch_tokens=1))
+        choice = rules.unmeasured_batch(ladder.lr, longest)
+        wanted, source = round(choice.value), choice.source
     batch = rules.round_batch(wanted, context, n_ranks=ranks, derived=source == "Step Law")
     if abs(gap(wanted, batch)) > rules.GAP_WARN_FRAC:
         given.warn(

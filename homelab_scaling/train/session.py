@@ -130,6 +130,8 @@ def about_segment(spec: RunSpec, choices: Choices, machine: Machine, *, step: in
         f"{micro} sequences x {accumulation}, {spec.science.precision}; torch.compile "
         f"{'on' if choices.compile else 'off'} ({choices.compile_reason}); {choices.loss_path} loss "
         f"({choices.loss_reason})"
+        f"{'; blocks recomputed' if spec.execution.activation_checkpointing else ''}"
+        f"{'' if spec.execution.sharding == 'none' else f'; sharded ({spec.execution.sharding})'}"
     )
     return "\n".join(said)
 
@@ -148,6 +150,8 @@ def segment_facts(
         "compile_reason": choices.compile_reason,
         "loss_path": choices.loss_path,
         "loss_reason": choices.loss_reason,
+        "activation_checkpointing": spec.execution.activation_checkpointing,
+        "sharding": spec.execution.sharding,
         "sdpa": sdpa_backend(model, device, dtype),
     }
 

@@ -54,6 +54,25 @@ def test_a_launch_floor_bounds_tiny_micro_batches() -> None:
     )
 
 
+@pytest.mark.parametrize("device", ["RTX 4090", "cpu"])
+def test_recomputed_blocks_cost_a_third_of_the_blocks(cpu: Box, device: str) -> None:
+    box = cpu if device == "cpu" else box_with(device, 1)
+    once, again = _rate(box), _rate(box, activation_checkpointing=True)
+    assert once is not None and again is not None
+    blocks = 1 - 6 * 50_304 * 768 / cost.asked_flops_per_token(SMALL, 50_257)
+    assert 0.65 < blocks < 0.75, "of a 124M model's FLOPs"
+    slower = once.tokens_per_s / again.tokens_per_s
+    assert slower == pytest.approx(1 + blocks / 3, abs=1e-6 if device != "cpu" else 0.02)
+
+
+def test_a_speed_measured_without_recomputing_is_not_taken_for_one_with_it(cpu: Box) -> None:
+    seen = MeasuredRate(
+        shape=SMALL, n_vocab=50_257, device="cpu (x)", n_processes=1, precision="bf16", tokens_per_s=123.0
+    )
+    found = _rate(cpu, measured=[seen]), _rate(cpu, measured=[seen], activation_checkpointing=True)
+    assert [rate.tokens_per_s == 123.0 for rate in found if rate] == [True, False]
+
+
 def test_two_cards_pay_more_the_larger_the_batch() -> None:
     box = box_with("RTX 4080", 2)
 
