@@ -9,6 +9,9 @@ from homelab_scaling.plan.counting import ParamCount
 from homelab_scaling.plan.memory import LossPath, VramEstimate
 from homelab_scaling.specs import ModelShape, OptimizerName, Precision, RunSpec
 
+BatchBasis = Literal["measured", "bound", "forecast", "prior"]
+"""What an advised batch rests on: the noise scale, a lower bound of it, other rungs' noise scales, or nothing measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlopsPerToken:
@@ -68,7 +71,7 @@ class AdvisedBatch:
     """On the rate of the ladder's rule."""
     beta2: float | None
     """Instead of the ladder's; None keeps it."""
-    basis: Literal["measured", "forecast"]
+    basis: BatchBasis
     shape: ModelShape
     """Of the model it was measured on."""
     n_tokens: int
@@ -172,6 +175,23 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What `homelab run` measures of a ladder before it trains it, and what that costs."""
+
+    rungs: tuple[str, ...]
+    """Whose noise scale is measured, ascending in size."""
+    burn_in_frac: float
+    """Of the longest horizon: what a probe trains."""
+    flops: float
+    seconds: float | None
+    """Start-up included; None where no speed is known."""
+    together: bool
+    """In one launch before the first run; else each before its rung."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Rung -> why it cannot be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """plan.json."""
 
@@ -190,3 +210,5 @@ class Plan:
     warnings: tuple[str, ...]
     runs: tuple[RunSpec, ...]
     """In the order of the rungs; empty without a corpus."""
+    measuring: Measuring | None = None
+    """What comes before the runs; their batches and rates are what is known until then."""

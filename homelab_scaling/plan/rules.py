@@ -61,6 +61,33 @@ def step_law_batch(n_tokens: float) -> float:
     return 0.58 * math.pow(n_tokens, 0.571)
 
 
+def unmeasured_batch(table: LrTable, n_tokens: float | None) -> Choice:
+    """Batch in tokens where none is given and none was measured: the one that the rate is for, at most Step Law's.
+
+    Args:
+        n_tokens: the longest horizon; None where it is not known before the batch, and only `at_batch_tokens` tells.
+
+    Raises:
+        SpecError: neither is there.
+    """
+    at = table.at_batch_tokens
+    if n_tokens is None:
+        if at is None:
+            raise SpecError(
+                "horizons.steps needs batch.tokens: without it the batch follows from D by Step Law, and D from the "
+                "batch; write batch.tokens"
+            )
+        return Choice(value=at, source="[lr]")
+    law = max(1, round(step_law_batch(n_tokens)))
+    return Choice(value=at, source="[lr]") if at is not None and at <= law else Choice(value=law, source="Step Law")
+
+
+def unmeasured_lr_scale(table: LrTable, batch_tokens: int) -> float:
+    """On the rate at such a batch: lowered with it, but not raised, since nobody knows B_crit."""
+    at = table.at_batch_tokens
+    return 1.0 if at is None else math.sqrt(min(1.0, batch_tokens / at))
+
+
 def step_law_lr(n_body: float, n_tokens: float) -> float:
     """Peak learning rate: 1.79 N_body^-0.713 D^0.307.
 
@@ -88,7 +115,7 @@ def choose_lr(rung: Rung, table: LrTable, n_body: int, n_tokens_largest: int) ->
 
 def scaled_lr(lr: Choice, rung: Rung, table: LrTable, scale: float) -> Choice:
     """The rule's rate at an advised batch."""
-    if not scales_with_batch(rung, table):
+    if not scales_with_batch(rung, table) or scale == 1:
         return lr
     return Choice(value=lr.value * scale, source=f"{lr.source} x {scale:.2f}")
 

@@ -52,6 +52,15 @@ def energy(kwh: float | None) -> str:
     return "?" if kwh is None else f"{kwh:.3g}"
 
 
+_SOURCES = {
+    "[lr]": "the batch of [lr].at_batch_tokens",
+    "Step Law": "Step Law's batch",
+    "forecast": "a forecast from the rungs that are measured",
+    "bound": "a lower bound of the noise scale",
+    "prior": "the ladder's own batch",
+}
+
+
 def budget_line(plan: Plan) -> str:
     """What the whole ladder will take, in one sentence; `homelab run` says it first."""
     t = plan.totals
@@ -65,7 +74,36 @@ def budget_line(plan: Plan) -> str:
         parts.append(f"{energy(t.kwh)} kWh")
     if t.usd is not None:
         parts.append(money(t.usd))
-    return ", ".join(parts)
+    line = ", ".join(parts)
+    if plan.measuring is not None and plan.measuring.rungs:
+        m = plan.measuring
+        many = f"{len(m.rungs)} batch{'es' * (len(m.rungs) > 1)}"
+        line += f"; measuring {many} comes on top: {flops(m.flops)} FLOPs, about {duration(m.seconds)}"
+    return line
+
+
+def measuring_notes(plan: Plan) -> list[str]:
+    """What is measured before training, when, and what the plan counts with until then."""
+    m = plan.measuring
+    if m is None:
+        return []
+    by_source: dict[str, list[str]] = {}
+    for rung in plan.rungs:
+        if rung.name in m.rungs:
+            by_source.setdefault(_SOURCES.get(rung.training.batch_source, rung.training.batch_source), []).append(
+                rung.name
+            )
+    notes = []
+    if m.rungs:
+        when = "all in one launch before the first run" if m.together else "each before its rung is trained"
+        until = "; ".join(f"{', '.join(names)} {source}" for source, names in by_source.items())
+        notes.append(
+            f"the batch of {', '.join(m.rungs)} is measured by `homelab run`, {when}: a probe trains "
+            f"{m.burn_in_frac:.0%} of the longest horizon, {flops(m.flops)} FLOPs and about {duration(m.seconds)} "
+            f"together; until then the plan counts with {until}"
+        )
+    notes += [f"the batch of {name} cannot be measured: {why}" for name, why in m.kept.items()]
+    return notes
 
 
 def plan_page(plan: Plan) -> "list[RenderableType]":
@@ -220,7 +258,8 @@ def _cost(plan: Plan) -> "Table":
 def _notes(plan: Plan) -> list[str]:
     """Grounds of the guesses, each once."""
     optimizer = plan.rungs[0].placement.memory[0].optimizer
-    notes = [f"this ladder trains with {optimizer}; memory is per card, with 0.5 GB of CUDA context"]
+    notes = measuring_notes(plan)
+    notes += [f"this ladder trains with {optimizer}; memory is per card, with 0.5 GB of CUDA context"]
     rates: dict[str, list[str]] = {}
     for rung in plan.rungs:
         if rung.bill.rate:
