@@ -24,10 +24,12 @@ class Feed:
         self.batch_seqs = spec.science.batch_seqs_global
         self.order = BatchOrder(n_windows(len(shards.train), self.context), spec.science.seed)
         self.rank, self.world_size, self.device = rank, world_size, device
+        self.first_sequence = 0
+        """Of the order of windows; a branch reads on where its checkpoint was."""
 
     def micro_batch(self, step: int, micro: int, size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (B, T) each, of this rank's `micro`-th slice of `size` sequences of the step's batch."""
-        first = step * self.batch_seqs + (micro * self.world_size + self.rank) * size
+        first = self.first_sequence + step * self.batch_seqs + (micro * self.world_size + self.rank) * size
         window = read_windows(self.stream, self.order.windows(first, size), self.context)
         tokens = torch.from_numpy(window.astype(np.int32))
         if self.device.type == "cuda":
