@@ -76,6 +76,8 @@ class ProbePlan:
     """Of the burn-in, which is the whole cost."""
     seconds: float | None
     """By the plan's own rate; None where that is unknown."""
+    keep_checkpoint: bool = False
+    """Leave the last checkpoint, for a branch test to begin from (batch/branch.py), which then removes it."""
 
     @property
     def hash(self) -> str:

@@ -122,7 +122,8 @@ class Prober(Trainer):
         if self.is_main:
             result = self._result(overhead)
             codec.write_json(result_path(self.lab, self.probe.rung), result)
-            shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # nothing goes on from here
+            if not self.probe.keep_checkpoint:
+                shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # nothing goes on from here
             print(said(result), file=sys.stderr, flush=True)
         self.accelerator.wait_for_everyone()
 
