@@ -3,7 +3,8 @@
     measured B_simple x c -> B_crit -> trade-off table -> the row taken -> learning rate, beta2
 
 c is what a sweep of batch sizes on the smallest rung finds B_crit / B_simple to be, and 1 until there is one. A rung
-without a measurement gets a forecast from those with one. Advice is frozen: a rung whose training has begun keeps it.
+without a measurement gets a forecast from those with one, at least the lower bound that its own probe found, and
+where nothing is measured at all the ladder's own batch. Advice is frozen: a rung whose training has begun keeps it.
 """
 
 import math
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 from homelab_scaling import codec
+from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.critical import BatchLaw, Estimate, TradeOff, fit_batch_law
 from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.forecast import SAME_TOKENS_FACTOR, Z95, Forecast, Known, forecast
 from homelab_scaling.batch.priors import OVERHEAD_FRAC, Band, Prior, band, priors_for
-from homelab_scaling.batch.table import Row, Setting, choose_row, trade_off_table
+from homelab_scaling.batch.table import Row, Setting, choose_row, row_at, trade_off_table
 from homelab_scaling.batch.trials import SweepResult
 from homelab_scaling.errors import DataError
 from homelab_scaling.plan import rules
-from homelab_scaling.plan.parts import AdvisedBatch
+from homelab_scaling.plan.parts import AdvisedBatch, BatchBasis
 from homelab_scaling.runs import run_folders
 from homelab_scaling.specs import ModelShape
 
@@ -36,7 +38,7 @@ class Calibration:
     """c = B_crit / B_simple."""
 
     c: float = 1.0
-    method: Literal["uncalibrated", "sweep"] = "uncalibrated"
+    method: Literal["uncalibrated", "sweep", "branch"] = "uncalibrated"
     sd_log: float | None = None
     """Of log c; None where it was not measured."""
     rung: str | None = None
@@ -53,6 +55,8 @@ class Measured:
     why_no_number: str | None
     loss_nats: float | None
     """At the middle of the run, by which Kaplan's prior is read."""
+    at_least_tokens: float | None = None
+    """Lower bound of B_simple, where there is no number."""
     points: tuple[NoiseScale, ...] = ()
     burn_in_tokens: int = 0
     flops: float = 0.0
@@ -72,7 +76,7 @@ class RungAdvice:
     n_params: int
     n_tokens: int
     """The longest horizon, for which the table holds."""
-    basis: Literal["measured", "forecast"]
+    basis: BatchBasis
     measured: Measured | None
     b_crit: Estimate
     """Tokens."""
@@ -122,6 +126,9 @@ class BatchAdvice:
     why_no_law: str | None
     sweep: SweepResult | None = None
     """--verify's."""
+    overhead_max_frac: float = OVERHEAD_FRAC
+    """Share of tokens above those of a small batch that the advice may spend."""
+    rescale_beta2: bool = False
 
     def rung(self, name: str) -> RungAdvice | None:
         return next((r for r in self.rungs if r.rung == name), None)
@@ -146,6 +153,36 @@ def calibrate(sweep: TradeOff, b_simple: Estimate, rung: str) -> Calibration:
             f"calibrated on {rung}: B_crit {sweep.b_crit.value:,.0f} tokens by {sweep.n_batches} batch sizes, B_simple "
             f"{b_simple.value:,.0f} at the middle of the same stretch: c = {c:.2f} "
             f"[{c * math.exp(-Z95 * sd):.2f}, {c * math.exp(Z95 * sd):.2f}]{doubt}"
+        ),
+    )
+
+
+def calibration_from_branch(result: BranchResult, b_simple: Estimate | None, rung: str) -> Calibration:
+    """c from a branch test and the noise scale at the middle of its branches (`result.middle_tokens`), in tokens.
+
+    A bound is taken as if it were the value, which is the careful side where B_crit is at least that; without either,
+    or without a noise scale, the answer is uncalibrated and says why.
+    """
+    bound = result.at_least_tokens or result.at_most_tokens
+    b_crit = result.b_crit.value if result.b_crit is not None else bound
+    if b_crit is None or b_simple is None:
+        why = result.why_no_number if b_crit is None else "the noise scale there is not known"
+        return Calibration(sentence=f"the branch test on {rung} does not calibrate: {why}; {UNCALIBRATED}")
+    c = b_crit / b_simple.value
+    if result.b_crit is None:
+        side, sd = "at least" if result.at_least_tokens is not None else "at most", None
+        interval = f"c = {c:.2f}, as if it were that"
+    else:
+        side, sd = "", math.hypot(_sd_log(result.b_crit), _sd_log(b_simple))
+        interval = f"c = {c:.2f} [{c * math.exp(-Z95 * sd):.2f}, {c * math.exp(Z95 * sd):.2f}]"
+    return Calibration(
+        c=c,
+        method="branch",
+        sd_log=sd,
+        rung=rung,
+        sentence=(
+            f"calibrated on {rung}: B_crit {side}{' ' * bool(side)}{b_crit:,.0f} tokens by {len(result.branches)} "
+            f"branches of one checkpoint, B_simple {b_simple.value:,.0f} at the middle of the same stretch: {interval}"
         ),
     )
 
@@ -179,8 +216,10 @@ def rescaled_beta2(beta2: float, batch_tokens: float, base_tokens: float) -> flo
 
 
 def base_batch(setting: Setting) -> float:
-    """B_0 [tokens]: the batch that the ladder's learning rate is taken to be for: the ladder's own, else Step Law's."""
+    """B_0 [tokens]: the batch that the ladder's rate is for: as [lr] says, else the ladder's own, else Step Law's."""
     ladder = setting.ladder
+    if ladder.lr.at_batch_tokens is not None:
+        return float(ladder.lr.at_batch_tokens)
     own = next((r.batch_tokens for r in ladder.rungs if r.name == setting.rung.name), None) or ladder.batch.tokens
     return float(own or rules.step_law_batch(setting.horizon_tokens))
 
@@ -196,8 +235,11 @@ def advise(
     data_id: str,
     calibration: Calibration | None = None,
     sweep: SweepResult | None = None,
+    branch: BranchResult | None = None,
     previous: BatchAdvice | None = None,
     begun: frozenset[str] = frozenset(),
+    own_batch: Mapping[str, str] | None = None,
+    or_prior: bool = False,
     rescale_beta2: bool = False,
     overhead_max_frac: float = OVERHEAD_FRAC,
 ) -> BatchAdvice:
@@ -205,9 +247,11 @@ def advise(
 
     Args:
         settings: one a rung, in the ladder's order.
-        measured: by rung; those that are not there get a forecast.
+        measured: by rung; those that are not there, or have no number, get a forecast.
         previous: what batch.json said until now; its forecasts are kept beside a measurement that has come since.
-        begun: rungs whose training has begun; they keep the previous advice.
+        begun: rungs whose training has begun, or whose advice stands for another reason: they keep the previous one.
+        own_batch: rungs that keep the ladder's own batch, and why.
+        or_prior: where not one rung has a measured noise scale, the ladder's own batches instead of an error.
 
     Raises:
         DataError: not one rung has a measured noise scale.
@@ -223,7 +267,7 @@ def advise(
         for s in settings
         if (m := measured.get(s.rung.name)) is not None and (b := m.b_simple) is not None
     }
-    if not known:
+    if not known and not or_prior:
         reasons = "; ".join(f"{name}: {m.why_no_number}" for name, m in measured.items()) or "nothing was measured"
         raise DataError(f"no rung has a measured noise scale ({reasons}); measure more steps, or another rung")
     rungs = []
@@ -232,6 +276,9 @@ def advise(
         before = previous.rung(name) if previous else None
         if name in begun and before is not None:
             rungs.append(before)
+            continue
+        if own_batch and name in own_batch:
+            rungs.append(_own_batch(setting, measured.get(name), own_batch[name]))
             continue
         # A measured rung is held against what the smaller ones say of it.
         size = setting.rung.size.n_params if name in known else math.inf
@@ -259,12 +306,39 @@ def advise(
         law=law,
         why_no_law=why_no_law,
         sweep=sweep,
+        overhead_max_frac=overhead_max_frac,
+        rescale_beta2=rescale_beta2,
     )
 
 
 def _forecast(setting: Setting, known: Sequence[Known], calibration: Calibration) -> Forecast:
     found = forecast(known, n_params=setting.rung.size.n_params, n_tokens=setting.horizon_tokens)
     return replace(found, b_crit=_scaled(found.b_crit, replace(calibration, c=1.0)))  # c is in `known` already
+
+
+def _b_crit(
+    measured: Measured | None, foretold: Forecast | None, calibration: Calibration
+) -> tuple[BatchBasis, Estimate] | None:
+    """What there is of B_crit, best first; a lower bound where it lies above the forecast. None where nothing is."""
+    if measured is not None and measured.b_simple is not None:
+        return "measured", _scaled(measured.b_simple, calibration)
+    least = calibration.c * measured.at_least_tokens if measured and measured.at_least_tokens else 0.0
+    if foretold is not None and foretold.b_crit.value >= least:
+        return "forecast", foretold.b_crit
+    if least:
+        high = max(least, foretold.b_crit.high) if foretold is not None else least
+        return "bound", Estimate(value=least, low=least, high=high)
+    return None
+
+
+def _priors(setting: Setting, measured: Measured | None) -> tuple[Prior, ...]:
+    return priors_for(
+        n_params=setting.rung.size.n_params,
+        n_body=setting.rung.size.params.n_body,
+        n_tokens=setting.horizon_tokens,
+        context_tokens=setting.shape.context_tokens,
+        loss_nats=measured.loss_nats if measured else None,
+    )
 
 
 def _advise_rung(
@@ -277,50 +351,81 @@ def _advise_rung(
     overhead_max_frac: float,
 ) -> RungAdvice:
     rung = setting.rung
-    own = measured.b_simple if measured else None
-    if own is not None:
-        b_crit = _scaled(own, calibration)
-    else:
-        assert foretold is not None
-        b_crit = foretold.b_crit
+    found = _b_crit(measured, foretold, calibration)
+    if found is None:
+        reason = measured.why_no_number if measured else "it was not measured"
+        return _own_batch(setting, measured, f"nothing is known of its noise scale ({reason})")
+    basis, b_crit = found
     base = base_batch(setting)
     rows = trade_off_table(setting, b_crit.value, also_tokens=[rung.training.batch_tokens])
     choice = choose_row(rows, overhead_max_frac)
     batch = choice.row.batch_tokens
     scale = lr_scale(batch, base, b_crit.value)
-    priors = priors_for(
-        n_params=rung.size.n_params,
-        n_body=rung.size.params.n_body,
-        n_tokens=setting.horizon_tokens,
-        context_tokens=setting.shape.context_tokens,
-        loss_nats=measured.loss_nats if measured else None,
-    )
+    beta2 = rescaled_beta2(setting.ladder.optim.beta2, batch, base) if rescale_beta2 else None
+    return _rung_advice(
+        setting, measured, basis=basis, b_crit=b_crit, foretold=foretold, rows=rows, row=choice.row, why=choice.why,
+        scale=scale, beta2=beta2,
+    )  # fmt: skip
+
+
+def _own_batch(setting: Setting, measured: Measured | None, why: str) -> RungAdvice:
+    """The batch and rate that the ladder has by itself: the run is the same as without this advice."""
+    training = setting.rung.training
+    spread = band(_priors(setting, measured))
+    low, high = spread.low_tokens / OVERHEAD_FRAC, spread.high_tokens / OVERHEAD_FRAC
+    b_crit = Estimate(value=math.sqrt(low * high), low=low, high=high)
+    rows = trade_off_table(setting, b_crit.value, also_tokens=[training.batch_tokens])
+    row = row_at(setting, training.batch_tokens, b_crit.value)
+    if row.batch_tokens not in {r.batch_tokens for r in rows}:
+        rows = tuple(sorted((*rows, row), key=lambda r: r.batch_tokens))
+    return _rung_advice(
+        setting, measured, basis="prior", b_crit=b_crit, foretold=None, rows=rows, row=row,
+        why=f"the ladder's own, by {training.batch_source}: {why}",
+        scale=rules.unmeasured_lr_scale(setting.ladder.lr, training.batch_tokens), beta2=None,
+    )  # fmt: skip
+
+
+def _rung_advice(
+    setting: Setting,
+    measured: Measured | None,
+    *,
+    basis: BatchBasis,
+    b_crit: Estimate,
+    foretold: Forecast | None,
+    rows: tuple[Row, ...],
+    row: Row,
+    why: str,
+    scale: float,
+    beta2: float | None,
+) -> RungAdvice:
+    rung = setting.rung
     written = next(r for r in setting.ladder.rungs if r.name == rung.name)
     rule = rules.choose_lr(written, setting.ladder.lr, rung.size.params.n_body, setting.horizon_tokens)
     lr = rules.scaled_lr(rule, written, setting.ladder.lr, scale)
+    priors = _priors(setting, measured)
+    law = rules.step_law_lr(rung.size.params.n_body, setting.horizon_tokens)
     return RungAdvice(
         rung=rung.name,
         shape=setting.shape,
         n_params=rung.size.n_params,
         n_tokens=setting.horizon_tokens,
-        basis="measured" if own is not None else "forecast",
+        basis=basis,
         measured=measured,
         b_crit=b_crit,
         forecast=foretold,
         priors=priors,
         band=band(priors),
         rows=rows,
-        batch_tokens=batch,
-        why=choice.why,
-        n_processes=choice.row.n_processes,
-        microbatch_seqs_per_rank=choice.row.microbatch_seqs_per_rank,
-        accumulation_steps=choice.row.accumulation_steps,
+        batch_tokens=row.batch_tokens,
+        why=why,
+        n_processes=row.n_processes,
+        microbatch_seqs_per_rank=row.microbatch_seqs_per_rank,
+        accumulation_steps=row.accumulation_steps,
         lr_scale=scale,
         lr_peak=lr.value,
         lr_source=lr.source,
-        lr_step_law=rules.step_law_lr(rung.size.params.n_body, setting.horizon_tokens)
-        * lr_scale(batch, rules.step_law_batch(setting.horizon_tokens), b_crit.value),
-        beta2=rescaled_beta2(setting.ladder.optim.beta2, batch, base) if rescale_beta2 else None,
+        lr_step_law=law * lr_scale(row.batch_tokens, rules.step_law_batch(setting.horizon_tokens), b_crit.value),
+        beta2=beta2,
     )
 
 

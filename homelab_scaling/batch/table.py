@@ -133,11 +133,27 @@ def trade_off_table(setting: Setting, b_crit_tokens: float, also_tokens: Iterabl
     rows = [_row(setting, seqs, b_crit_tokens) for seqs in sorted(grid) if seqs <= most]
     fitting = tuple(row for row in rows if row is not None)
     if not fitting:
-        raise SpecError(
-            f"rung {setting.rung.name}: not even one sequence of {context} tokens fits the card; shorten "
-            "context_tokens, narrow the model or take a larger card"
-        )
+        raise _fits_no_card(setting)
     return fitting
+
+
+def row_at(setting: Setting, batch_tokens: int, b_crit_tokens: float) -> Row:
+    """The row of one batch, however few steps it leaves.
+
+    Raises:
+        SpecError: not even one sequence fits the card.
+    """
+    row = _row(setting, batch_tokens // setting.shape.context_tokens, b_crit_tokens)
+    if row is None:
+        raise _fits_no_card(setting)
+    return row
+
+
+def _fits_no_card(setting: Setting) -> SpecError:
+    return SpecError(
+        f"rung {setting.rung.name}: not even one sequence of {setting.shape.context_tokens} tokens fits the card; "
+        "shorten context_tokens, narrow the model or take a larger card"
+    )
 
 
 def _row(setting: Setting, seqs: int, b_crit_tokens: float) -> Row | None:

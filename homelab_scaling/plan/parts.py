@@ -10,7 +10,7 @@ from homelab_scaling.plan.memory import LossPath, VramEstimate
 from homelab_scaling.specs import ModelShape, OptimizerName, Precision, RunSpec
 
 BatchBasis = Literal["measured", "bound", "forecast", "prior"]
-"""What an advised batch rests on: the noise scale, a lower bound of it, other rungs' noise scales, or nothing measured."""
+"""What an advised batch rests on: the noise scale, a lower bound of it, those of other rungs, or nothing measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
