@@ -126,6 +126,8 @@ class BatchAdvice:
     why_no_law: str | None
     sweep: SweepResult | None = None
     """--verify's."""
+    branch: BranchResult | None = None
+    """Of the smallest rung, where c is from it."""
     overhead_max_frac: float = OVERHEAD_FRAC
     """Share of tokens above those of a small batch that the advice may spend."""
     rescale_beta2: bool = False
@@ -306,6 +308,7 @@ def advise(
         law=law,
         why_no_law=why_no_law,
         sweep=sweep,
+        branch=branch,
         overhead_max_frac=overhead_max_frac,
         rescale_beta2=rescale_beta2,
     )
