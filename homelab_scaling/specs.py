@@ -18,6 +18,9 @@ ScheduleName = Literal["wsd", "cosine"]
 Sharding = Literal["none", "grad-op", "full"]
 """What FSDP splits over the ranks: nothing (DDP), gradients and optimizer states, or the weights too."""
 
+CompileMode = Literal["default", "reduce-overhead"]
+"""Of torch.compile: `reduce-overhead` replays CUDA graphs, for steps that wait for kernel launches."""
+
 MAX_WARMUP_FRAC = 0.10
 LATER_FIELDS = frozenset({"batch_warmup"})
 """Of ScienceSpec; None in runs that were named before they existed."""
@@ -301,6 +304,7 @@ class ExecutionSpec:
     n_processes: int = 1
     microbatch_seqs_per_rank: int = 1
     compile: Literal["auto", "on", "off"] = "auto"
+    compile_mode: CompileMode = "default"
     loss: Literal["auto", "chunked", "plain"] = "auto"
     log_every_steps: int = 10
     checkpoint_every_s: float = 600.0

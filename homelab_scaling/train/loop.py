@@ -94,7 +94,7 @@ class Trainer:
             recompute=self.execution.activation_checkpointing,
         )
         if choices.compile:
-            self.model.compile_in_place()
+            self.model.compile_in_place(choices.compile_mode)
         self.wrapped = accelerator.prepare(self.model)
         self.optimizer = MaskedAdamW(self.model, self.science.optim)
         self.keeper = Keeper(

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2Model
 
 from homelab_scaling.plan.counting import pad_vocab
 from homelab_scaling.plan.memory import loss_chunk_rows
-from homelab_scaling.specs import ModelShape
+from homelab_scaling.specs import CompileMode, ModelShape
 from homelab_scaling.train import loss as losses
 
 LossPath = Literal["chunked", "plain"]
@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Mean loss in nats per token, an fp32 scalar."""
-        hidden_ND, targets_N = self._backbone(x_BT).flatten(0, 1), y_BT.flatten()
+        hidden_ND, targets_N = self.hidden_states(x_BT).flatten(0, 1), y_BT.flatten()
         if self.loss_path == "plain":
             return self._plain_loss(hidden_ND, self.head_weight, targets_N, self.n_vocab)
         return losses.chunked_cross_entropy(
@@ -65,11 +65,11 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def token_losses(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Loss of every token in nats, (B, T) in fp32, without gradients."""
-        hidden_ND, targets_N = self._backbone(x_BT).flatten(0, 1), y_BT.flatten()
+        hidden_ND, targets_N = self.hidden_states(x_BT).flatten(0, 1), y_BT.flatten()
         chunk_rows = loss_chunk_rows(len(targets_N), self.config.vocab_size)
         return losses.token_losses(hidden_ND, self.head_weight, targets_N, self.n_vocab, chunk_rows).view(y_BT.shape)
 
-    def compile_in_place(self, mode: str | None = None) -> None:
+    def compile_in_place(self, mode: CompileMode = "default") -> None:
         """Compiles the blocks and the softmax; no module is wrapped, so parameter names stay as they are."""
         self._compiled_backbone = torch.compile(self._hidden_states, mode=mode)
         self._plain_loss = torch.compile(losses.plain_cross_entropy, mode=mode)
@@ -79,7 +79,8 @@ class LanguageModel(nn.Module):
         """Whether `compile_in_place` was called."""
         return self._compiled_backbone is not None
 
-    def _backbone(self, x_BT: Tensor) -> Tensor:
+    def hidden_states(self, x_BT: Tensor) -> Tensor:
+        """What the blocks make of the tokens, (B, T, D), compiled or not: all but head and loss."""
         return (self._compiled_backbone or self._hidden_states)(x_BT)
 
     def _hidden_states(self, x_BT: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from homelab_scaling.box import missing_for_compile
 from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.plan.memory import LossPath, choose_loss_path
 from homelab_scaling.runs import Machine
-from homelab_scaling.specs import ExecutionSpec, RunSpec
+from homelab_scaling.specs import CompileMode, ExecutionSpec, RunSpec
 from homelab_scaling.train.model import LanguageModel, sdpa_backend
 
 MAX_COMPILE_SHARE = 0.10
@@ -27,6 +27,7 @@ class Choices:
 
     compile: bool
     compile_reason: str
+    compile_mode: CompileMode
     loss_path: LossPath
     loss_reason: str
 
@@ -101,7 +102,13 @@ def choose(spec: RunSpec, on_gpu: bool) -> Choices:
         loss_reason = "by the size of one micro-batch's logits" if on_gpu else "its softmax stays in cache"
     else:
         path, loss_reason = execution.loss, "as asked"
-    return Choices(compile=compile_it, compile_reason=compile_reason, loss_path=path, loss_reason=loss_reason)
+    return Choices(
+        compile=compile_it,
+        compile_reason=compile_reason,
+        compile_mode=execution.compile_mode,
+        loss_path=path,
+        loss_reason=loss_reason,
+    )
 
 
 def first_step_s(n_layer: int, on_gpu: bool) -> float:

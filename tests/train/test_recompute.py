@@ -64,7 +64,7 @@ def saved_bytes(model: Any) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        hidden = model._backbone(tokens()[0])
+        hidden = model.hidden_states(tokens()[0])
     total = sum(kept.values())
     del hidden
     return total
