@@ -14,7 +14,6 @@ Together they give one `NoiseMeasurement` (estimator.py has the algebra). While 
 Source: McCandlish et al. 2018 appendix A; tests/batch/test_noise.py compares with separate backward passes.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,7 @@ from torch import Tensor, nn
 
 from homelab_scaling.batch.estimator import NoiseMeasurement
 from homelab_scaling.errors import DataError, SpecError
-
-MAX_OVERHEAD_FRAC = 0.03
-"""Of training time, averaged over the measuring cadence."""
+from homelab_scaling.plan.noise import SHARDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +72,6 @@ def choose_cut(*, n_passes: int, world_size: int, seqs_per_pass: int, compiled: 
     return Cut(parts=parts, copies=parts if compiled else 1)
 
 
-def every_steps(overhead_frac: float, max_frac: float = MAX_OVERHEAD_FRAC) -> int:
-    """The cadence at which measuring steps that cost `overhead_frac` more cost at most `max_frac` on average."""
-    return max(1, math.ceil(overhead_frac / max_frac))
-
-
 class NoiseHook:
     """Collects measuring steps of one model; makes no host sync until `drain`.
 
@@ -122,7 +114,7 @@ class NoiseHook:
         try:
             yield
             divisor = n_passes if loss_divisor is None else loss_divisor
-            self._sum = torch.stack(self._norms).square().sum() * divisor**2
+            self._sum = torch.stack(self._norms).double().square().sum() * divisor**2
             self._open = (k, seqs_per_pass)
         finally:
             for handle in handles:
@@ -144,7 +136,7 @@ class NoiseHook:
             grads = [p.grad for p in self.parameters if p.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(grads)
         k, seqs = self._open
-        self._pending.append((k, seqs, self._sum, grad_norm.detach().float().square()))
+        self._pending.append((k, seqs, self._sum, grad_norm.detach().double().square()))
         self._open = None
 
     def drain(self) -> list[NoiseMeasurement]:
@@ -169,7 +161,4 @@ def refuse_sharded(model: nn.Module) -> None:
 
     wrapped = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     if wrapped or any(isinstance(p, DTensor) for p in model.parameters()):
-        raise SpecError(
-            "found sharded parameters (FSDP), wants whole ones: a rank would see a part of each gradient, already "
-            "averaged; measure the noise scale under DDP or on one card"
-        )
+        raise SpecError(SHARDED)

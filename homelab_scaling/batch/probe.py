@@ -10,7 +10,6 @@ is not at the mercy of one moment's |G|^2, which swings by factors at these rate
 """
 
 import itertools
-import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +21,14 @@ from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.cost import predict_rate
 from homelab_scaling.plan.counting import count_params, flops_per_token
+from homelab_scaling.plan.noise import MIN_MEASUREMENTS as MIN_WINDOW_STEPS
 from homelab_scaling.runs import Machine, RunFolder
 from homelab_scaling.specs import RunSpec, make_run_id
+from homelab_scaling.train.noise_windows import Window
 from homelab_scaling.train.schedule import phases
 
 BURN_IN_FRAC = 0.2
 N_POINTS = 3
-MIN_WINDOW_STEPS = 8
-"""Fewer measuring steps give no interval worth reading."""
 MAX_WINDOW_STEPS = 128
 """More measure nothing better than the scatter between windows."""
 UNTRAINED = (
@@ -39,31 +38,13 @@ UNTRAINED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
-    """A stretch of updates that gives one measurement."""
-
-    first_step: int
-    end_step: int
-    every: int = 1
-
-    @property
-    def steps(self) -> range:
-        """Its measuring steps."""
-        return range(self.first_step, self.end_step, self.every)
-
-    @property
-    def middle_step(self) -> float:
-        """Its middle in log tokens."""
-        return math.sqrt(self.first_step * self.end_step)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ProbePlan:
     """probe.json: what is to be measured, and what it costs; made before anything runs."""
 
     rung: str
     spec: RunSpec
-    """The rung's science under the name RUNG-probe; a micro-batch small enough to have something to compare."""
+    """The rung's science under the name RUNG-probe, at full batch from the start; a micro-batch small enough to have
+    something to compare."""
     horizon_tokens: int
     burn_in_tokens: int
     windows: tuple[Window, ...]
@@ -148,7 +129,7 @@ def plan_probe(
     Raises:
         SpecError: the burn-in is too short to measure anything but untrained weights, or the batch cannot be cut.
     """
-    science, batch = spec.science, spec.science.batch_tokens_global
+    science, batch = replace(spec.science, batch_warmup=None), spec.science.batch_tokens_global
     horizon = science.horizons_tokens[-1]
     if not 0 < burn_in_frac <= 1:
         raise SpecError(f"burn-in of {burn_in_frac:g} of the horizon, wants more than 0 and at most 1")
@@ -159,6 +140,7 @@ def plan_probe(
         curve_every_tokens=None,
         trackers=(),
         checkpoint_every_steps=None,
+        noise_every_steps=None,  # the probe has its own windows
     )
     k = execution.n_processes * execution.accumulation_steps(science)
     if k < 2:
@@ -179,6 +161,7 @@ def plan_probe(
         spec=replace(
             spec,
             rung=name,
+            science=science,
             run_id=make_run_id(name, science),
             execution=replace(execution, predicted_s=seconds),
         ),

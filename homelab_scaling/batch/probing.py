@@ -15,30 +15,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from homelab_scaling import codec
-from homelab_scaling.batch.estimator import NoiseMeasurement, NoiseScale, noise_scale
+from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.midrun import middle_of_run
-from homelab_scaling.batch.noise import NoiseHook, every_steps
+from homelab_scaling.batch.noise import NoiseHook
 from homelab_scaling.batch.probe import (
     UNTRAINED,
     ProbePlan,
     ProbeResult,
-    Window,
     finished_probe,
-    n_params_of,
     result_path,
     work_folder,
 )
 from homelab_scaling.data.shards import Shards
-from homelab_scaling.errors import DataError
+from homelab_scaling.plan.noise import every_steps
 from homelab_scaling.runs import RunRecord
 from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train.bill import make_bill
 from homelab_scaling.train.checkpoint import START
 from homelab_scaling.train.hooks import MetricsFile, Progress
 from homelab_scaling.train.loop import Trainer
+from homelab_scaling.train.noise_log import NoiseLog, scale_of
+from homelab_scaling.train.noise_windows import Window
 from homelab_scaling.train.oom_notes import keep_smaller
 from homelab_scaling.train.schedule import Phase
 from homelab_scaling.train.session import choose, start_accelerator, sum_over_ranks
@@ -59,10 +58,13 @@ class Prober(Trainer):
             index=0, kind="trunk", first_update=0, start_step=0, end_step=n_steps, horizon_tokens=plan.burn_in_tokens
         )
         self.plan = (self.trunk,)
-        self.noise = NoiseHook(self.wrapped, world_size=self.world_size, sum_over_ranks=sum_over_ranks)
-        self.measuring = frozenset(step for window in plan.windows for step in window.steps)
-        self.heard: list[tuple[int, Tensor]] = []
-        self.noise_file = self.folder.path / "noise.jsonl"
+        self.noise = NoiseLog(
+            self.science,
+            self.folder.path / "noise.jsonl",
+            hook=NoiseHook(self.wrapped, world_size=self.world_size, sum_over_ranks=sum_over_ranks),
+            windows=lambda phase, halvings: plan.windows,
+            is_main=self.is_main,
+        )
 
     def resume(self) -> int:
         """Takes up the newest whole checkpoint and the measurements before it."""
@@ -71,49 +73,9 @@ class Prober(Trainer):
             self.keeper.load(found)
             self.timing.clock = manifest.clock
             self.step, self.update = manifest.step, manifest.update
-        if self.is_main:
-            kept = [line for line in codec.read_jsonl(self.noise_file) if line["step"] < self.step]
-            self.noise_file.unlink(missing_ok=True)
-            codec.append_jsonl(self.noise_file, kept)
-        self.accelerator.wait_for_everyone()
+        self.noise.take_up(self.update, self.accelerator.wait_for_everyone)
         self._announce(skipped)
         return 0
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """The update's gradients, heard where this step is a measuring step."""
-        if self.step not in self.measuring:
-            return super().gradients()
-        with self._listening():
-            loss, norm = super().gradients()
-        self.noise.note(norm)
-        self.heard.append((self.step, loss))
-        return loss, norm
-
-    def _listening(self) -> contextlib.AbstractContextManager[None]:
-        micro = self.execution.microbatch_seqs_per_rank
-        return self.noise.listening(n_passes=self.accumulation, seqs_per_pass=micro)
-
-    def boundary(self, phase: Phase, **due: Any) -> None:
-        """What was heard goes to disk before a checkpoint could leave it behind."""
-        try:
-            self._write_heard()
-        except DataError:
-            super().boundary(phase, **due)  # names the update whose numbers are not finite
-            raise
-        super().boundary(phase, **due)
-
-    def _write_heard(self) -> None:
-        if not self.heard:
-            return
-        heard, self.heard = self.heard, []
-        measured = self.noise.drain()
-        losses = sum_over_ranks(torch.stack([loss for _, loss in heard])).div(self.world_size).tolist()
-        if self.is_main:
-            lines = [
-                {"step": step, "loss": loss, **codec.to_plain(one)}
-                for (step, _), loss, one in zip(heard, losses, measured, strict=True)
-            ]
-            codec.append_jsonl(self.noise_file, lines)
 
     def train_phase(self, phase: Phase) -> None:
         """The burn-in, then the result."""
@@ -134,8 +96,7 @@ class Prober(Trainer):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             began = time.perf_counter()
-            with self._listening() if listen else contextlib.nullcontext():
-                super(Prober, self).gradients()
+            self.gradients(listen=listen)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - began
@@ -147,7 +108,7 @@ class Prober(Trainer):
         return max(0.0, statistics.median(on / off for on, off in pairs) - 1)
 
     def _result(self, overhead: float) -> ProbeResult:
-        lines = codec.read_jsonl(self.noise_file)
+        lines = codec.read_jsonl(self.noise.path)
         unigram = unigram_nats(self.shards)
         points = tuple(self._point(window, lines, unigram, overhead) for window in self.probe.windows)
         self.timing.book("train_s", self.trunk, self.timing.lap())
@@ -174,17 +135,13 @@ class Prober(Trainer):
     def _point(self, window: Window, lines: list[dict[str, Any]], unigram: float, overhead: float) -> NoiseScale:
         """The noise scale of one window."""
         own = [line for line in lines if line["step"] in window.steps]
-        names = ("k", "microbatch_seqs", "mean_sq_norm", "sq_norm_of_mean")
         loss = statistics.fmean(line["loss"] for line in own)
-        known = None if loss < unigram else UNTRAINED
-        return noise_scale(
-            [NoiseMeasurement(**{name: line[name] for name in names}) for line in own],
-            context_tokens=self.science.shape.context_tokens,
-            loss_nats=loss,
+        return scale_of(
+            own,
+            self.science,
             tokens_trained=round(window.middle_step * self.science.batch_tokens_global),
-            n_params=n_params_of(self.spec),
             overhead_frac=overhead,
-            why_not_informative=known,
+            why_not_informative=None if loss < unigram else UNTRAINED,
         )
 
 

@@ -64,6 +64,8 @@ class Checkpoint:
     science_hash: str
     data_id: str
     clock: Clock
+    batch_halvings: int = 0
+    """How often the full batch was still halved, in a batch warm-up."""
     counters: dict[str, int] = field(default_factory=dict)
     """The optimizer's plain counters."""
     sha256: dict[str, str] = field(default_factory=dict)

@@ -27,6 +27,9 @@ class Hooks:
     def validated(self, line: Line) -> None:
         """After a validation."""
 
+    def noise(self, line: Line) -> None:
+        """At the end of a window of measuring updates: the noise scale."""
+
     def row(self, row: Row) -> None:
         """After a row is recorded."""
 
@@ -57,6 +60,9 @@ class MetricsFile(Hooks):
         codec.append_jsonl(self.path, [*lines, *([rate] if rate else [])])
 
     def validated(self, line: Line) -> None:
+        codec.append_jsonl(self.path, [line])
+
+    def noise(self, line: Line) -> None:
         codec.append_jsonl(self.path, [line])
 
 
@@ -93,6 +99,9 @@ class Trackers(Hooks):
     def validated(self, line: Line) -> None:
         self._log(line)
 
+    def noise(self, line: Line) -> None:
+        self._log(line)
+
     def end(self) -> None:
         if self.trackers:
             # Not accelerator.end_training(): that ends the process group too, and the next run may need it.
@@ -103,8 +112,11 @@ class Trackers(Hooks):
         if not self.trackers:
             return
         curve = "train" if line["phase"] == "trunk" else line["phase"].replace("@", "-")
-        prefix = {"step": curve, "val": f"{curve}-val-{line.get('set')}", "rate": "rate"}[line["kind"]]
+        prefixes = {"step": curve, "val": f"{curve}-val-{line.get('set')}", "rate": "rate", "noise": f"{curve}-noise"}
+        prefix = prefixes[line["kind"]]
         about = {"kind", "update", "phase", "step", "tokens", "set"}
+        if line["kind"] == "noise":  # its loss and its way of measuring are no curves
+            about |= {"loss", "n_steps", "k", "microbatch_seqs"}
         values = {f"{prefix}/{k}": v for k, v in line.items() if k not in about and isinstance(v, int | float)}
         for tracker in self.accelerator.trackers:
             if only not in (None, tracker.name):

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ class ResumePoint:
     rows_kept: frozenset[int]
     """Horizons whose recorded rows stand; the others are earned again."""
     clock: Clock | None = None
+    batch_halvings: int | None = None
+    """Of a batch warm-up; None begins it."""
 
 
 def resume_point(plan: Plan, update: int, rows_done: set[int]) -> ResumePoint | None:
@@ -69,11 +71,12 @@ class Keeper:
         """Every parameter once, under its Hugging Face name."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
-    def save(self, phase: Phase, *, step: int, update: int, clock: Clock) -> None:
+    def save(self, phase: Phase, *, step: int, update: int, clock: Clock, batch_halvings: int = 0) -> None:
         """Saves the resume state, then drops the ones it replaces; a decay keeps the fork it came from."""
         tensors, counters = self.optimizer.state_dict()
         folder = ckpt.update_folder(self.checkpoints, update)
         manifest = self._manifest(phase, step=step, update=update, clock=clock, counters=counters)
+        manifest = replace(manifest, batch_halvings=batch_halvings)
         ckpt.save(folder, manifest, {MODEL: self.weights(), OPTIM: tensors})
         fork = ckpt.update_folder(self.checkpoints, phase.first_update) if phase.kind == "decay" else None
         for old in ckpt.resume_folders(self.checkpoints):
@@ -133,6 +136,7 @@ class Keeper:
             update=point.update,
             rows_kept=point.rows_kept,
             clock=manifest.clock,
+            batch_halvings=manifest.batch_halvings,
         ), skipped
 
 

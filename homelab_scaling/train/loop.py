@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from homelab_scaling import codec
+from homelab_scaling.batch.noise import Cut, choose_cut
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.runs import Row, RunFolder, RunRecord, RunStatus, StoppedBy
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train import oom, oom_notes
+from homelab_scaling.train.batch_warmup import first_halvings, grows, split_step
 from homelab_scaling.train.evaluate import Evaluator, Validation
 from homelab_scaling.train.feed import Feed, open_matching_shards
-from homelab_scaling.train.hooks import Hooks, MetricsFile, Progress, Trackers, surviving
+from homelab_scaling.train.hooks import Hooks, Line, MetricsFile, Progress, Trackers, surviving
 from homelab_scaling.train.journal import Diverged, Journal, how_it_ended
 from homelab_scaling.train.keeper import Keeper
 from homelab_scaling.train.ledger import make_record, make_row
 from homelab_scaling.train.meter import Meter, Pending
 from homelab_scaling.train.model import LanguageModel, build_model
+from homelab_scaling.train.noise_log import log_of_run, said_of
 from homelab_scaling.train.obey import Agreed, Code, Obey
 from homelab_scaling.train.optim import MaskedAdamW
 from homelab_scaling.train.orders import connect
@@ -80,7 +83,8 @@ class Trainer:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
         self.plan = phases(self.science)
-        self.accumulation = self.execution.accumulation_steps(self.science)
+        self.halvings = first_halvings(self.science)
+        self.split = split_step(self.science, self.execution, self.halvings)
         self.machine = describe_machine(self.device, self.world_size)
         self.journal = Journal(folder, hooks, is_main=self.is_main)
 
@@ -104,6 +108,9 @@ class Trainer:
             science=self.science,
             data_id=self.shards.manifest.data_id,
         )
+        self.noise = log_of_run(
+            spec, folder.path / "noise.jsonl", self.wrapped, world_size=self.world_size, is_main=self.is_main
+        )
         evaluator = partial(
             Evaluator,
             self.shards,
@@ -125,11 +132,11 @@ class Trainer:
         self.first_interval = True
         """The interval holds compilation and cold caches, and so no honest rate."""
         self.stop = StopWish()
-        ranks = Ranks(self.world_size)
-        self.watched = connect(spec, folder, accelerator, ranks, self.journal.event)
+        self.ranks = Ranks(self.world_size)
+        self.watched = connect(spec, folder, accelerator, self.ranks, self.journal.event)
         self.timing = Timing(ckpt.Clock(), started, self.watched.meter)
         self.obey = Obey(
-            ranks=ranks,
+            ranks=self.ranks,
             orders=self.watched.orders,
             stop=self.stop,
             timing=self.timing,
@@ -143,7 +150,7 @@ class Trainer:
     def _validation_batch(self) -> int:
         """Windows per forward pass; a compiled model keeps the shape it is compiled for."""
         if self.choices.compile:
-            return self.execution.microbatch_seqs_per_rank
+            return self.split.microbatch_seqs
         return max(1, EVAL_BATCH_TOKENS // self.science.shape.context_tokens)
 
     # ------------------------------------------------------------------------------------------------ the whole run
@@ -181,6 +188,7 @@ class Trainer:
     def train_phase(self, phase: Phase) -> None:
         """Every update of a phase that is not done yet."""
         validate_at = validation_steps(self.science, phase, self.execution.curve_every_tokens)
+        self.noise.enter(phase, self.halvings)
         if self.first_interval:
             self.timing.book_start(self.timing.lap())
         while self.step < phase.end_step:
@@ -189,24 +197,54 @@ class Trainer:
                 gc.collect()
                 gc.freeze()  # long-lived objects are never scanned again; nanochat measured pauses of 500 ms
             saved_at = self.execution.checkpoint_every_steps
-            at_log = self.step % self.execution.log_every_steps == 0
+            at_log = self.step % self.execution.log_every_steps == 0 or self.noise.ends_at(self.step)
             at_save = saved_at is not None and self.step % saved_at == 0
             if at_log or at_save or self.step in validate_at or self.step == phase.end_step:
                 self.boundary(phase, validate=self.step in validate_at, save=at_save)
             elif self.obey.due(self.update) and (agreed := self.obey.look(self.update)).acts:
                 self.boundary(phase, agreed=agreed)
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of an optimizer update, on this rank."""
+        return self.split.accumulation
+
+    @property
+    def batch_tokens(self) -> int:
+        """The batch of an optimizer update at present."""
+        return self.science.batch_tokens_global >> self.halvings
+
     def do_update(self, lr: float) -> None:
-        """One optimizer update at rate `lr`, and the sleep after it; leaves loss and gradient norm on the device."""
+        """One step at rate `lr`, and the sleep after it; leaves loss and gradient norm on the device.
+
+        A step is one optimizer update, or in a batch warm-up several, of one full batch together.
+        """
         began = time.monotonic()
+        n_parts, lr = self.split.n_updates, lr * self.split.lr_scale
+        listen = self.noise.measures(self.step)
+        loss, norm = self.do_part(0, lr, listen)
+        for part in range(1, n_parts):
+            of_part = self.do_part(part, lr, listen)
+            loss, norm = loss + of_part[0], norm + of_part[1]
+        if n_parts > 1:
+            loss, norm = loss / n_parts, norm / n_parts
+        self.meter.add(Pending(step=self.step, lr=lr, loss=loss, grad_norm=norm, batch_tokens=self.batch_tokens))
+        self.step += 1
+        self.update += 1
+        self.obey.after_update(began)
+
+    def do_part(self, part: int, lr: float, listen: bool) -> tuple[Tensor, Tensor]:
+        """One optimizer update of a step: this rank's mean loss and the gradients' norm, both on the device."""
         while True:
             try:
-                loss, norm = self.gradients()
+                loss, norm = self.gradients(part, listen=listen)
                 break
             except RuntimeError as error:
                 if (said := oom.complaint(error)) is None:
                     raise
             self.make_room(said)  # the error is gone by here, and with it the activations that its frames held
+        if listen:
+            self.noise.note(norm, update=self.update, step=self.step, batch_tokens=self.batch_tokens)
         try:
             self.optimizer.step(lr, torch.isfinite(norm))
         except RuntimeError as error:
@@ -214,23 +252,36 @@ class Trainer:
                 raise
             raise self.note_oom(said) from error  # the update may be half done: only the last checkpoint is sure
         self.optimizer.zero_grad()
-        self.meter.add(Pending(step=self.step, lr=lr, loss=loss, grad_norm=norm))
-        self.step += 1
-        self.update += 1
-        self.obey.after_update(began)
+        return loss, norm
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Clipped gradients of the current batch, left in the parameters; this rank's mean loss and the norm before."""
+    def gradients(self, part: int = 0, *, listen: bool = False) -> tuple[Tensor, Tensor]:
+        """Clipped gradients of a part of the current batch, left in the parameters; the loss and the norm before.
+
+        With `listen` the noise log hears every backward pass; an update of one only is cut, so that there are two.
+        """
+        size, accumulation = self.split.microbatch_seqs, self.split.accumulation
+        cut = Cut()
+        if listen:
+            cut = choose_cut(
+                n_passes=accumulation,
+                world_size=self.world_size,
+                seqs_per_pass=size,
+                compiled=self.choices.compile,
+            )
+        n_passes = accumulation * cut.parts
+        hearing = self.noise.listening(n_passes=n_passes, seqs_per_pass=size // cut.parts) if listen else None
         loss_sum = torch.zeros((), device=self.device)
-        for micro in range(self.accumulation):
-            x_BT, y_BT = self.feed.micro_batch(self.step, micro, self.execution.microbatch_seqs_per_rank)
-            is_last = micro == self.accumulation - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                loss = self.wrapped(x_BT, y_BT)
-                # A loss that is not finite poisons its own gradients, so that every rank sees it in the averaged norm.
-                poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-                self.accelerator.backward(loss * poison / self.accumulation)
-            loss_sum += loss.detach() / self.accumulation
+        with hearing or contextlib.nullcontext():
+            for micro in range(accumulation):
+                batch = self.feed.micro_batch(self.step, part * accumulation + micro, size)
+                for piece, (x_BT, y_BT) in enumerate(cut.pieces(*batch), start=1):
+                    is_last = micro == accumulation - 1 and piece == cut.parts
+                    with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                        loss = self.wrapped(x_BT, y_BT)
+                        # A loss that is not finite poisons its own gradients: every rank sees it in the averaged norm.
+                        poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+                        self.accelerator.backward(loss * poison / n_passes)
+                    loss_sum += loss.detach() / n_passes
         return loss_sum, self.optimizer.clip()
 
     def make_room(self, said: str) -> None:
@@ -240,13 +291,23 @@ class Trainer:
         if self.world_size > 1 or fewer is None:
             raise error
         self.spec = oom_notes.with_microbatch(self.spec, fewer)
-        self.execution, self.accumulation = self.spec.execution, self.spec.execution.accumulation_steps(self.science)
-        self.first_interval = True
+        self.execution = self.spec.execution
         self.optimizer.zero_grad()
-        if self.choices.compile:
-            torch.compiler.reset()  # else it would compile for any size, which is slower
+        self.split_anew(self.halvings)
         oom.free_caches()
         self.journal.event("segment", **self._segment([]))
+
+    def split_anew(self, halvings: int) -> None:
+        """Another cut of the step; a compiled model is compiled once for each size, not for any, which is slower."""
+        before, self.halvings = self.split.microbatch_seqs, halvings
+        self.split = split_step(self.science, self.execution, halvings)
+        if self.split.microbatch_seqs == before:
+            return
+        self.first_interval = True
+        if self.choices.compile:
+            torch.compiler.reset()
+            for evaluator in (self.evaluate_full, self.evaluate_curve):
+                evaluator.batch_seqs = min(self._validation_batch(), max(1, len(evaluator.windows)))
 
     def note_oom(self, said: str) -> HomelabError:
         """Tells disk and peers; returns what to raise where this launch cannot go on."""
@@ -277,6 +338,7 @@ class Trainer:
                 f"({bad.step * self.science.batch_tokens_global} tokens, lr {bad.lr:.3g}); "
                 "lower this rung's learning rate and run it anew"
             )
+        self.heed_noise(phase, lines)
         if validate:
             self.validate(phase, self.evaluate_curve, "curve")
         done = phase.earns_row and self.step == phase.end_step
@@ -290,6 +352,22 @@ class Trainer:
         if agreed.stops and not done:
             self.save_checkpoint(phase)
             raise agreed.error(self.step)
+
+    def heed_noise(self, phase: Phase, lines: list[Line]) -> None:
+        """Keeps what was heard; where a window ends, logs its noise scale and perhaps doubles a batch that warms up."""
+        self.noise.collect(lines)
+        scale = self.noise.finish(self.step)
+        if scale is None:
+            return
+        line = self.noise.line(scale, update=self.update, step=self.step, batch_tokens=self.batch_tokens)
+        self.journal.tell("noise", line)
+        # Agreed, lest a last bit part the ranks.
+        if self.halvings and self.ranks.max([grows(scale, self.science, self.halvings)])[0]:
+            self.split_anew(self.halvings - 1)
+            self.noise.enter(phase, self.halvings)
+            if self.is_main:
+                found = {key: line[key] for key in ("update", "step", "tokens", "noise_scale_tokens")}
+                self.journal.event("batch", **found, batch_tokens=self.batch_tokens)
 
     def validate(self, phase: Phase, evaluator: Evaluator, which: str) -> Validation:
         """Measures the held-out loss and logs it."""
@@ -346,7 +424,8 @@ class Trainer:
 
     def return_to_fork(self, decay: Phase) -> None:
         """Back to the trunk's state before `decay`; counts as progress, not as a resume."""
-        self.keeper.load(ckpt.update_folder(self.folder.checkpoints, decay.first_update))
+        at_fork = self.keeper.load(ckpt.update_folder(self.folder.checkpoints, decay.first_update))
+        self.split_anew(at_fork.batch_halvings)
         self.step, self.update = decay.start_step, decay.end_update
         self.timing.book("checkpoint_s", decay, self.timing.lap())
 
@@ -356,7 +435,13 @@ class Trainer:
             return
         if self.is_main:
             self.timing.book("train_s", phase, self.timing.lap())
-            self.keeper.save(phase, step=self.step, update=self.update, clock=self.timing.clock)
+            self.keeper.save(
+                phase,
+                step=self.step,
+                update=self.update,
+                clock=self.timing.clock,
+                batch_halvings=self.halvings,
+            )
             self.timing.book("checkpoint_s", phase, self.timing.lap())
         self.accelerator.wait_for_everyone()
         self.timing.lap()
@@ -372,7 +457,10 @@ class Trainer:
             self.timing.clock = point.clock
         self.step, self.update = point.step, point.update
         self.rows = tuple(row for row in rows if row.n_tokens in point.rows_kept)
-        self.accelerator.wait_for_everyone()  # every rank has read the record before the main one replaces it
+        if point.batch_halvings is not None:
+            self.split_anew(point.batch_halvings)
+        # Every rank has read the record and noise.jsonl before the main one replaces them.
+        self.noise.take_up(self.update, self.accelerator.wait_for_everyone)
         self._announce(skipped)
         return point.phase_index
 
@@ -388,6 +476,7 @@ class Trainer:
 
     def _segment(self, skipped: list[str]) -> dict[str, Any]:
         done = {"update": self.update, "step": self.step, "pids": self.pids, "skipped_checkpoints": skipped}
+        done |= {"batch_tokens": self.batch_tokens, "noise": said_of(self.spec, compiled=self.choices.compile)}
         return done | segment_facts(self.spec, self.choices, self.machine, self.model, self.device)
 
     # ------------------------------------------------------------------------------------------------- telling

@@ -24,6 +24,8 @@ class Pending:
     loss: Tensor
     """Mean over this rank's tokens."""
     grad_norm: Tensor
+    batch_tokens: int
+    """Of each optimizer update: less than the step's in a batch warm-up."""
 
 
 class Meter:
@@ -61,6 +63,8 @@ class Meter:
                     "grad_norm": norm if math.isfinite(norm) else None,
                 }
             )
+            if one.batch_tokens != self.science.batch_tokens_global:
+                lines[-1]["batch_tokens"] = one.batch_tokens
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 return lines, one
         return lines, None

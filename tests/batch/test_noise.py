@@ -11,9 +11,10 @@ import torch
 from noise_ranks import SEQS, micro_batches, norms_by_separate_passes, toy_model
 from torch import nn
 
-from homelab_scaling.batch.noise import Cut, NoiseHook, choose_cut, every_steps
+from homelab_scaling.batch.noise import Cut, NoiseHook, choose_cut
 from homelab_scaling.box import missing_for_compile
 from homelab_scaling.errors import DataError, SpecError
+from homelab_scaling.plan.noise import every_steps
 from homelab_scaling.train.model import LanguageModel
 
 RANKS = Path(__file__).resolve().parents[1] / "support" / "noise_ranks.py"

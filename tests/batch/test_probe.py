@@ -131,10 +131,10 @@ def test_a_probe_stopped_on_the_way_ends_with_the_same_measurements(
     _, lab = toy("cut")
     gradients = Prober.gradients
 
-    def interrupted(self: Prober) -> Any:
+    def interrupted(self: Prober, *args: Any, **kwargs: Any) -> Any:
         if self.step == 37:
             os.kill(os.getpid(), signal.SIGTERM)
-        return gradients(self)
+        return gradients(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Prober, "gradients", interrupted)
