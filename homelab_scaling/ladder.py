@@ -7,7 +7,16 @@ the planner's work (plan/ladder.py).
 from dataclasses import dataclass, field
 from typing import Literal
 
-from homelab_scaling.specs import MAX_WARMUP_FRAC, Money, Optim, ScheduleName, Sharding, WatchLimits, require
+from homelab_scaling.specs import (
+    MAX_WARMUP_FRAC,
+    GradientComm,
+    Money,
+    Optim,
+    ScheduleName,
+    Sharding,
+    WatchLimits,
+    require,
+)
 
 MAX_CURVE_POINTS_PER_ROW = 20
 
@@ -234,6 +243,8 @@ class TrainTable:
     """Compute each block again on the way back instead of keeping what it saved: less memory, a third more time."""
     sharding: Sharding = "none"
     """`full` and `grad-op` train with FSDP over the ranks of a run; for models whose states do not fit one card."""
+    ddp_comm: GradientComm = "fp32"
+    """`bf16` sends gradients rounded to 8 significant bits: half the traffic between two cards, other numbers."""
     log_every_steps: int = 10
     """How often the host reads the device: losses, commands, the non-finite flag."""
     checkpoint_every_s: float = 600.0

@@ -15,6 +15,8 @@ from homelab_scaling.errors import SpecError
 Precision = Literal["bf16", "fp32"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 ScheduleName = Literal["wsd", "cosine"]
+GradientComm = Literal["fp32", "bf16"]
+"""What gradients travel as between ranks."""
 Sharding = Literal["none", "grad-op", "full"]
 """What FSDP splits over the ranks: nothing (DDP), gradients and optimizer states, or the weights too."""
 
@@ -317,6 +319,10 @@ class ExecutionSpec:
     activation_checkpointing: bool = False
     """Blocks keep their inputs alone and are computed again on the way back: less memory, about a third more time."""
     sharding: Sharding = "none"
+    ddp_comm: GradientComm = "fp32"
+    """bf16 halves the traffic and rounds every gradient, and their sum, to 8 significant bits before the update. It is
+    the one execution setting that changes numbers beyond the order of a sum, so it is never chosen for you.
+    """
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     predicted_s: float | None = None
     """The plan's guess of the whole run's seconds, for the compile rule and the progress bar."""

@@ -3,11 +3,11 @@
     step = max(6 N b / F, floor) + late / BW + max(0, early / BW - overlap x computing) + latency x buckets
 
 Legend: N parameters, b tokens per rank between two syncs, F FLOP/s of one rank, BW bytes/s of the way between ranks,
-late: the token embedding's gradient, the last one ready (tied or not: the lookup is the first thing a forward pass does),
-so that none of it travels while the backward pass computes; early: all other gradients.
+late: the token embedding's gradient, the last one ready (tied or not: the lookup is the first thing that a forward
+pass does), so that none of it travels while the backward pass computes; early: all other gradients.
 
-A ring all-reduce moves 2 (n - 1) / n of the gradients each way, so communication over computing is 4 F / (6 BW b) for two
-ranks: N cancels, and only more tokens between two syncs make a second card pay.
+A ring all-reduce moves 2 (n - 1) / n of the gradients each way, so communication over computing is 4 F / (6 BW b) for
+two ranks: N cancels, and only more tokens between two syncs make a second card pay.
 
 Scaling, always by name. Strong: the same batch, split; efficiency T1(whole batch) / (n T_n). Weak: the same batch per
 rank; efficiency T1(rank's batch) / T_n. They differ wherever a step has a part that does not grow with its batch.
@@ -153,7 +153,7 @@ def gradients_in_order(shape: ModelShape, n_vocab: int) -> list[tuple[str, int]]
 
 
 def buckets_of(sizes: Sequence[int], cap_bytes: int) -> list[list[int]]:
-    """How DDP cuts gradients into all-reduces: in the order they get ready, a bucket is closed when it reaches the cap."""
+    """How DDP cuts gradients into all-reduces: in the order they get ready, a bucket closed when it reaches the cap."""
     buckets: list[list[int]] = [[]]
     for size in sizes:
         if sum(buckets[-1]) >= cap_bytes:
@@ -165,8 +165,8 @@ def buckets_of(sizes: Sequence[int], cap_bytes: int) -> list[list[int]]:
 def choose_bucket_mib(shape: ModelShape, n_vocab: int, fabric: Fabric | None = None) -> int:
     """DDP's bucket_cap_mb for this shape: the one that leaves least to be sent after the last gradient is ready.
 
-    DDP closes a bucket when it is full. What is left over when the embedding's gradient comes shares a bucket with it and
-    waits for it, up to a whole cap; with the default of 25 MiB a model of 18M parameters sends everything at the end.
+    DDP closes a bucket when it is full. What is left over when the embedding's gradient comes shares a bucket with it
+    and waits for it, up to a whole cap; with the default of 25 MiB a model of 18M parameters sends all at the end.
     Small buckets leave less and cost a latency each. Never below 1 MiB: torch.compile splits its graphs by the same
     cap and refuses less.
     """

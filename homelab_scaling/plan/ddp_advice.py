@@ -1,7 +1,7 @@
 """Per rung of a plan: how efficient DDP is here, from which batch it pays, and what finishes the ladder earliest.
 
-Everything prefers what `homelab ddp` measured on this machine, then the model with the measured bandwidth, then the model
-with an assumed one; every figure says which.
+Everything prefers what `homelab ddp` measured on this machine, then the model with the measured bandwidth, then the
+model with an assumed one; every figure says which.
 """
 
 import statistics

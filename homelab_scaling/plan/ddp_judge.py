@@ -42,7 +42,7 @@ class Judgement:
     weak_speedup: float
     """Tokens per second over those of one card at the rank's batch."""
     weak_is_measured: bool
-    """False: only one single-card time was given, and this is how it would read had it been taken at the rank's batch."""
+    """False: only one single-card time was given, and this is how it would read if it was taken at the rank's batch."""
     runs_speedup: float
     """Tokens per second of n independent runs over those of one."""
     runs_over_ddp: float

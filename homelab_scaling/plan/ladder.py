@@ -277,6 +277,7 @@ def _run_spec(
         loss=table.loss,
         activation_checkpointing=table.activation_checkpointing,
         sharding=table.sharding,
+        ddp_comm=table.ddp_comm,
         log_every_steps=table.log_every_steps,
         checkpoint_every_s=table.checkpoint_every_s,
         checkpoint_every_steps=table.checkpoint_every_steps,

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from homelab_scaling import __version__
 from homelab_scaling.box import missing_for_compile
+from homelab_scaling.codec import to_plain
 from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.plan.memory import LossPath, choose_loss_path
 from homelab_scaling.runs import Machine
 from homelab_scaling.specs import CompileMode, ExecutionSpec, RunSpec
 from homelab_scaling.train.model import LanguageModel, sdpa_backend
+from homelab_scaling.train.parallel import choose_parallel
 
 MAX_COMPILE_SHARE = 0.10
 
@@ -40,7 +42,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
         SpecError: the launch gave another number of processes than the spec wants.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+    from accelerate.utils import ProjectConfiguration
 
     execution = spec.execution
     if execution.device == "cuda" and not torch.cuda.is_available():
@@ -52,8 +54,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
             mixed_precision="bf16" if spec.science.precision == "bf16" else "no",
             log_with=[_installed(tracker) for tracker in execution.trackers] or None,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-            # Gradients live in the communication buckets: 4 bytes per parameter saved (accelerate's default copies).
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[choose_parallel(spec, on_gpu=not on_cpu).kwargs_handler()],
         )
     except ValueError as error:
         raise MachineError(f"Accelerate refuses this set-up ({error}); run `homelab doctor`") from None
@@ -148,6 +149,9 @@ def segment_facts(
 ) -> dict[str, object]:
     """How a segment is executed, for its entry in events.jsonl."""
     dtype = torch.bfloat16 if spec.science.precision == "bf16" else torch.float32
+    ddp: dict[str, object] = {}
+    if machine.n_processes > 1:
+        ddp = {"ddp": to_plain(choose_parallel(spec, on_gpu=device.type == "cuda"))}
     return {
         "n_processes": machine.n_processes,
         "microbatch_seqs_per_rank": spec.execution.microbatch_seqs_per_rank,
@@ -160,7 +164,7 @@ def segment_facts(
         "activation_checkpointing": spec.execution.activation_checkpointing,
         "sharding": spec.execution.sharding,
         "sdpa": sdpa_backend(model, device, dtype),
-    }
+    } | ddp
 
 
 def describe_machine(device: torch.device, n_processes: int) -> Machine:
