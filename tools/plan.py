@@ -1,7 +1,7 @@
 """Shows every derived number of a ladder, wanted against actual, before anything is trained."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +10,9 @@ import tyro
 from homelab_scaling import cli, codec
 
 if TYPE_CHECKING:
+    from homelab_scaling.box import Box
     from homelab_scaling.ladder import Ladder
-    from homelab_scaling.plan.parts import Plan
+    from homelab_scaling.plan.parts import Measuring, Plan
     from homelab_scaling.plan.simulate import Planner, Simulation
 
 TABLE_COLUMNS = 100
@@ -72,7 +73,7 @@ def main(args: Args) -> int:
             folder=path.parent,
         )
 
-    plan = planner(ladder)
+    plan = replace(planner(ladder), measuring=_measuring(args, box))
     simulation = _simulation(args, ladder, planner)
     if args.write:
         target = args.lab / ladder.name / "plan.json"
@@ -87,6 +88,15 @@ def main(args: Args) -> int:
     for part in [*plan_page(plan), *(simulation_page(simulation) if simulation else [])]:
         console.print(part)
     return 0
+
+
+def _measuring(args: Args, box: "Box") -> "Measuring | None":
+    """What `homelab run` will measure before it trains."""
+    from homelab_scaling.sweep.batches import Batches
+    from homelab_scaling.sweep.prepare import existing_corpus, open_experiment
+
+    experiment = replace(open_experiment(args.ladder, args.lab), box=box)
+    return Batches(experiment, existing_corpus(experiment)).measuring()
 
 
 def _simulation(args: Args, ladder: "Ladder", planner: "Planner") -> "Simulation | None":

@@ -1,4 +1,7 @@
-"""Does the whole job of a ladder: shards, plan, every rung, fit, report. Run it again after anything."""
+"""Does the whole job of a ladder: shards, plan, batches, every rung, fit, report. Run it again after anything.
+
+Where the ladder gives no batch, the gradient noise scale of each rung is measured before it is trained.
+"""
 
 import sys
 from dataclasses import dataclass, replace
@@ -8,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from homelab_scaling import cli, codec
-from homelab_scaling.errors import DataError
+from homelab_scaling.errors import DataError, Stopped, StoppedByWatchdog
 
 if TYPE_CHECKING:
     from homelab_scaling.specs import RunSpec
+    from homelab_scaling.sweep.batches import Batches
     from homelab_scaling.sweep.local import Outcome
     from homelab_scaling.sweep.prepare import Experiment
 
@@ -25,7 +29,7 @@ class Args:
     lab: Path = Path("lab")
     """The folder that holds the labs; this one goes to LAB/<ladder's name>."""
     prepare: bool = False
-    """Build shards, write plan.json and every spec.json, and stop there (to launch by hand)."""
+    """Build shards, write plan.json and every spec.json, and stop there (to launch by hand); measures no batch."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where curves go."""
     compile: Literal["auto", "on", "off"] | None = None
@@ -35,24 +39,43 @@ class Args:
 
 
 def main(args: Args) -> int:
-    from homelab_scaling.plan.show import budget_line
-    from homelab_scaling.sweep import local
-    from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, make_plan, open_experiment, write_specs
+    from homelab_scaling.plan.show import budget_line, measuring_notes
+    from homelab_scaling.sweep.batches import Batches
+    from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, open_experiment, write_specs
 
     experiment = open_experiment(args.ladder, args.lab)
     with experiment.lock():
-        _say(budget_line(make_plan(experiment, existing_corpus(experiment))))
-        corpus = ensure_corpus(experiment)
-        plan = make_plan(experiment, corpus)
-        for warning in plan.warnings:
-            _say(f"  ! {warning}")
-        runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
+        _say(budget_line(Batches(experiment, existing_corpus(experiment)).planned()))
+        batches = Batches(experiment, ensure_corpus(experiment))
+        plan = batches.planned()
+        for line in [*plan.warnings, *measuring_notes(plan)]:
+            _say(f"  ! {line}" if line in plan.warnings else f"  {line}")
         if args.prepare:
+            runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
             _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
             return 0
-        outcome = local.run_all(runs, experiment.box, _say)
+        outcome = _train(args, batches)
         report = _wrap_up(experiment)
     return _end(args, experiment, outcome, report)
+
+
+def _train(args: Args, batches: "Batches") -> "Outcome":
+    """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
+    from homelab_scaling.sweep import local
+    from homelab_scaling.sweep.prepare import write_specs
+
+    outcome = local.Outcome(finished=(), failed={}, stopped=False)
+    try:
+        for rungs in batches.in_turn(_say):
+            runs = write_specs(batches.planned(), batches.experiment, lambda spec: _with_flags(spec, args), rungs)
+            outcome = outcome.then(local.run_all(runs, batches.experiment.box, _say))
+            if outcome.stopped:
+                break
+    except Stopped:
+        outcome = replace(outcome, stopped=True)
+    except StoppedByWatchdog as error:
+        outcome = replace(outcome, stopped=True, watchdog=str(error))
+    return outcome
 
 
 def _with_flags(spec: "RunSpec", args: Args) -> "RunSpec":
@@ -60,13 +83,18 @@ def _with_flags(spec: "RunSpec", args: Args) -> "RunSpec":
     return replace(spec, execution=execution)
 
 
-def _wrap_up(experiment: "Experiment") -> Path:
-    """runs.csv, the fit and the report, from whatever has finished; also after a failure or a stop."""
+def _wrap_up(experiment: "Experiment") -> Path | None:
+    """runs.csv, the fit and the report, from whatever has finished; also after a failure or a stop.
+
+    None where it was stopped before there was a run.
+    """
     from homelab_scaling.fit.fit import fit_points
     from homelab_scaling.fit.result import save_fit
     from homelab_scaling.report.page import write_report
     from homelab_scaling.runs import read_runs, write_runs_csv
 
+    if not (experiment.lab / "runs").is_dir():
+        return None
     write_runs_csv(experiment.lab)
     points, excluded = read_runs(experiment.lab)
     try:
@@ -77,7 +105,7 @@ def _wrap_up(experiment: "Experiment") -> Path:
     return write_report(experiment.lab)
 
 
-def _end(args: Args, experiment: "Experiment", outcome: "Outcome", report: Path) -> int:
+def _end(args: Args, experiment: "Experiment", outcome: "Outcome", report: Path | None) -> int:
     if outcome.watchdog:
         _say(f"{outcome.watchdog}\nrun the same command again when the card is well, to go on")
     elif outcome.stopped:
@@ -85,8 +113,9 @@ def _end(args: Args, experiment: "Experiment", outcome: "Outcome", report: Path)
     for run_id, reason in outcome.failed.items():
         _say(f"not finished: {run_id}: {reason}")
     if args.json:
-        print(codec.dumps({"lab": str(experiment.lab), "report": str(report), "outcome": codec.to_plain(outcome)}))
-    else:
+        path = None if report is None else str(report)
+        print(codec.dumps({"lab": str(experiment.lab), "report": path, "outcome": codec.to_plain(outcome)}))
+    elif report is not None:
         print(f"report: {report}")
     return outcome.exit_code
 

@@ -1,23 +1,30 @@
 """From a ladder's rung to its measured noise scale: plan the probe, launch it, take its result."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homelab_scaling.batch import probe
 from homelab_scaling.batch.advice import Measured
+from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.midrun import MidRun, middle_of_run
 from homelab_scaling.batch.probe import ProbePlan, ProbeResult
 from homelab_scaling.box import Box
-from homelab_scaling.errors import RunFailed
+from homelab_scaling.errors import RunFailed, StoppedByWatchdog
 from homelab_scaling.fit.words import listed
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.parts import Plan
+from homelab_scaling.runs import RunRecord
 from homelab_scaling.specs import CorpusManifest, RunSpec, ShardFile, Split
 from homelab_scaling.sweep.local import run_recipe
+from homelab_scaling.watch import link
+
+MAX_HALVINGS = 16
+"""Launches of a probe that runs out of memory, each with a smaller micro-batch."""
 
 Say = Callable[[str], None]
 
@@ -60,13 +67,62 @@ def run_probes(
     Raises:
         RunFailed: one left no result.
         Stopped: it was asked to stop.
+        StoppedByWatchdog: the watchdog ended it.
     """
-    plans = [replace(p, spec=replace(p.spec, shards=str(shards.resolve()))) for p in plans]
+    plans = [_absolute(plan, shards) for plan in plans]
     if again:
         for plan in plans:
             probe.result_path(lab, plan.rung).unlink(missing_ok=True)
             shutil.rmtree(probe.work_folder(lab, plan.rung).path, ignore_errors=True)
+    found = _launch(plans, lab=lab, box=box, say=say)
+    if missing := [plan for plan in plans if plan.rung not in found]:
+        raise RunFailed(
+            f"the probe of {listed([plan.rung for plan in missing])} ended without a result ({_why(missing[0], lab)}); "
+            "the same command goes on"
+        )
+    return [found[plan.rung] for plan in plans]
+
+
+def try_probes(
+    plans: Sequence[ProbePlan], *, lab: Path, shards: Path, box: Box, say: Say
+) -> tuple[dict[str, ProbeResult], dict[str, str]]:
+    """Results by rung, and why the others have none: a probe that diverged, or that ended badly twice.
+
+    Raises:
+        Stopped, StoppedByWatchdog: as `run_probes`.
+    """
+    plans = [_absolute(plan, shards) for plan in plans]
+    failed: dict[str, str] = {}
+    tried: Counter[str] = Counter()
+    while True:
+        todo = [plan for plan in plans if plan.rung not in failed]
+        found = _launch(todo, lab=lab, box=box, say=say)
+        # They ran in this order; what comes after the one that ended the launch was not reached.
+        culprit = next((plan for plan in todo if plan.rung not in found), None)
+        if culprit is None:
+            return found, failed
+        tried[culprit.rung] += 1
+        record, why = probe.work_folder(lab, culprit.rung).read_record(), _why(culprit, lab)
+        status, stopped_by = (record.status, record.stopped_by) if record else (None, None)
+        if status == "diverged" or tried[culprit.rung] > (MAX_HALVINGS if stopped_by == "memory" else 1):
+            failed[culprit.rung] = why
+        else:
+            say(f"the probe of {culprit.rung} ended without a result ({why}); once more")
+
+
+def _absolute(plan: ProbePlan, shards: Path) -> ProbePlan:
+    return replace(plan, spec=replace(plan.spec, shards=str(shards.resolve())))
+
+
+def _launch(plans: Sequence[ProbePlan], *, lab: Path, box: Box, say: Say) -> dict[str, ProbeResult]:
+    """Launches the probes that are not on disk; what there is then, by rung.
+
+    Raises:
+        Stopped, StoppedByWatchdog: as `run_probes`.
+    """
     todo = [plan for plan in plans if probe.finished_probe(plan, lab) is None]
+    before = {plan.rung: probe.work_folder(lab, plan.rung).read_record() for plan in todo}
+    began_s = link.now_s()
     # A launch has one number of ranks; what shares it shares the start-up.
     for ranks in sorted({plan.spec.execution.n_processes for plan in todo}):
         together = [plan for plan in todo if plan.spec.execution.n_processes == ranks]
@@ -83,20 +139,37 @@ def run_probes(
             watch=together[0].spec.watch,
             say=say,
         )
-    found = [probe.finished_probe(plan, lab) for plan in plans]
-    missing = [plan.rung for plan, result in zip(plans, found, strict=True) if result is None]
-    if missing:
-        raise RunFailed(
-            f"the probe of {listed(missing)} ended without a result, for the reason above; the same command goes on"
-        )
-    return [result for result in found if result is not None]
+    found = {plan.rung: result for plan in plans if (result := probe.finished_probe(plan, lab)) is not None}
+    for plan in todo:
+        reason = _ended_by_watchdog(plan, lab, before[plan.rung], began_s)
+        if plan.rung not in found and reason is not None:
+            raise StoppedByWatchdog(f"the probe of {plan.rung} was ended by the watchdog: {reason}")
+    return found
+
+
+def _why(plan: ProbePlan, lab: Path) -> str:
+    """How a probe without a result ended."""
+    record = probe.work_folder(lab, plan.rung).read_record()
+    if record is None or record.status == "running":
+        return "it died without a word"
+    return f"{record.status}: {record.reason}" if record.reason else record.status
+
+
+def _ended_by_watchdog(plan: ProbePlan, lab: Path, before: RunRecord | None, began_s: float) -> str | None:
+    """Why the watchdog stopped this launch of a probe, or ended it; None where it did neither."""
+    record = probe.work_folder(lab, plan.rung).read_record()
+    if record is not None and record != before and record.stopped_by == "watchdog":
+        return record.reason or "no reason recorded"
+    word = link.machine_folder(lab.parent).read_ended(plan.spec.run_id)
+    return word.reason if word is not None and word.t_s >= began_s else None
 
 
 def measured_from(result: ProbeResult) -> Measured:
     """What the advice needs of a probe."""
     return Measured(
         b_simple=estimate_of(result.middle),
-        why_no_number=None if result.middle.b_simple_tokens is not None else result.middle.words,
+        why_no_number=None if estimate_of(result.middle) is not None else result.middle.words,
+        at_least_tokens=result.middle.at_least_tokens,
         loss_nats=result.middle.loss_nats,
         points=result.points,
         burn_in_tokens=result.burn_in_tokens,
@@ -110,6 +183,11 @@ def measured_from(result: ProbeResult) -> Measured:
 def b_simple_at_middle(points: Sequence[NoiseScale], horizon_tokens: int) -> Estimate | None:
     """B_simple in tokens half-way through a stretch of training; None where the points do not tell."""
     return estimate_of(middle_of_run(points, horizon_tokens=horizon_tokens))
+
+
+def b_simple_at_branch(points: Sequence[NoiseScale], branch: BranchResult) -> Estimate | None:
+    """B_simple in tokens at the middle of a branch test: what its B_crit is to be compared with."""
+    return b_simple_at_middle(points, round(2 * branch.middle_tokens))
 
 
 def estimate_of(middle: MidRun) -> Estimate | None:

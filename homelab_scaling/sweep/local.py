@@ -46,6 +46,15 @@ class Outcome:
     watchdog: str | None = None
     """Why the watchdog ended it."""
 
+    def then(self, other: "Outcome") -> "Outcome":
+        """Both, one after the other."""
+        return Outcome(
+            finished=(*self.finished, *other.finished),
+            failed=self.failed | other.failed,
+            stopped=self.stopped or other.stopped,
+            watchdog=self.watchdog or other.watchdog,
+        )
+
     @property
     def exit_code(self) -> int:
         return 3 if self.watchdog else 75 if self.stopped else 1 if self.failed else 0

@@ -1,6 +1,7 @@
 """From a ladder file to run folders that are ready to launch: shards, plan.json, spec.json."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.cost import measured_rates
 from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
 from homelab_scaling.plan.parts import Plan
-from homelab_scaling.runs import RunFolder, flock
+from homelab_scaling.runs import RunFolder, flock, run_folders
 from homelab_scaling.specs import CorpusManifest, RunSpec
 from homelab_scaling.train.oom_notes import keep_smaller
 
@@ -96,20 +97,38 @@ def make_plan(experiment: Experiment, corpus: CorpusManifest | None, *, advised:
 
 
 def write_specs(
-    plan: Plan, experiment: Experiment, change: Callable[[RunSpec], RunSpec] = lambda spec: spec
+    plan: Plan,
+    experiment: Experiment,
+    change: Callable[[RunSpec], RunSpec] = lambda spec: spec,
+    rungs: Collection[str] | None = None,
 ) -> list[tuple[RunSpec, RunFolder]]:
     """Writes plan.json and every spec.json; a run that exists keeps its science, its execution settings are renewed.
 
-    Only a micro-batch that memory was too small for stays as small as it became.
+    Only a micro-batch that memory was too small for stays as small as it became. A spec that never began and that the
+    plan does not hold any more, because its batch has been measured since, goes.
+
+    Args:
+        rungs: only the specs of these; the batch of the others is not settled yet.
     """
     codec.write_json(experiment.lab / "plan.json", plan)
+    _forget_unbegun(plan, experiment)
     written = []
     for planned in plan.runs:
+        if rungs is not None and planned.rung not in rungs:
+            continue
         folder = experiment.run(planned.run_id)
         spec = keep_smaller(change(planned), folder)
         codec.write_json(folder.spec, spec)
         written.append((spec, folder))
     return written
+
+
+def _forget_unbegun(plan: Plan, experiment: Experiment) -> None:
+    wanted = {run.run_id for run in plan.runs}
+    folders = run_folders(experiment.lab) if (experiment.lab / "runs").is_dir() else []
+    for folder in folders:
+        if folder.path.name not in wanted and [p.name for p in folder.path.iterdir()] == [folder.spec.name]:
+            shutil.rmtree(folder.path)
 
 
 def prepare_rung(ladder: str, rung: str, labs: Path) -> list[tuple[RunSpec, RunFolder]]:
