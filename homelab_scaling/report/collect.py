@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from homelab_scaling import codec
+from homelab_scaling.batch.advice import BatchAdvice, read_advice
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit.result import FitReport, load_fit
 from homelab_scaling.plan.counting import count_params, flops_per_token
+from homelab_scaling.report.noise import BatchAt, BatchStudy, Noise, batch_events, noise_lines
 from homelab_scaling.report.study import Study
 from homelab_scaling.runs import Excluded, Row, RunFolder, RunRecord, read_rows, run_folders
 from homelab_scaling.specs import CorpusManifest, RunSpec
@@ -45,6 +47,10 @@ class RunView:
     """Loss of each training batch."""
     validation: tuple[Curve, ...]
     """Loss of the small held-out set."""
+    noise: tuple[Noise, ...] = ()
+    """The gradient noise scale, window by window, where the run measured it."""
+    batches: tuple[BatchAt, ...] = ()
+    """The steps of a batch warm-up."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -73,6 +79,13 @@ class LabView:
     fit: FitReport | None
     missing: tuple[str, ...]
     """What the report would have liked to find, in sentences."""
+    batch: BatchAdvice | None = None
+    """batch.json."""
+
+    @cached_property
+    def batches(self) -> BatchStudy:
+        """What is known of its batches."""
+        return BatchStudy(self)
 
     @cached_property
     def study(self) -> Study:
@@ -101,6 +114,7 @@ def collect(lab: Path) -> LabView:
             runs.append(view)
     rows, excluded = _read_rows(lab, runs) if has_runs else ([], [])
     fit = _read_fit(lab / "fit" / "fit.json", len(rows), missing)
+    advice = _read_advice(lab, missing)
     return LabView(
         name=lab.resolve().name,
         path=lab,
@@ -113,7 +127,16 @@ def collect(lab: Path) -> LabView:
         excluded=tuple(excluded),
         fit=fit,
         missing=tuple(missing),
+        batch=advice,
     )
+
+
+def _read_advice(lab: Path, missing: list[str]) -> BatchAdvice | None:
+    try:
+        return read_advice(lab)
+    except HomelabError as error:
+        missing.append(f"batch.json cannot be read ({error}).")
+        return None
 
 
 def _read_rows(lab: Path, runs: list[RunView]) -> tuple[list[Row], list[Excluded]]:
@@ -145,6 +168,10 @@ def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
     except HomelabError as error:
         lines = []
         missing.append(f"{folder.path.name}: its curves cannot be read ({error}).")
+    try:
+        events = codec.read_jsonl(folder.events) if folder.events.exists() else []
+    except HomelabError:
+        events = []  # only a batch warm-up is read from them
     if spec is not None:
         science = spec.science
         rung, seed = spec.rung, science.seed
@@ -164,6 +191,8 @@ def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
         record=record,
         training=_curves(lines, "step"),
         validation=_curves([line for line in lines if line.get("set") == "curve"], "val"),
+        noise=noise_lines(lines),
+        batches=batch_events(events),
     )
 
 

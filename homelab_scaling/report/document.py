@@ -123,8 +123,9 @@ class Image:
     def html(self) -> str:
         light, dark = (base64.b64encode(png).decode() for png in (self.light_png, self.dark_png))
         return (
-            f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-            f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{light}"></picture>'
+            '<figure><div class="wide"><picture><source media="(prefers-color-scheme: dark)" '
+            f'srcset="data:image/png;base64,{dark}">'
+            f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{light}"></picture></div>'
             f"<figcaption>{inline(self.caption)}</figcaption></figure>"
         )
 
@@ -149,7 +150,7 @@ def inline(text: str) -> str:
 
 
 def _formula(text: str) -> str:
-    text = re.sub(r"\b([A-Z]|alpha|beta|gamma)_(\w{1,3})\b", r"\1<sub>\2</sub>", text)
+    text = re.sub(r"\b([A-Z]|alpha|beta|gamma)_(\w{1,3}|crit|simple)\b", r"\1<sub>\2</sub>", text)
     text = re.sub(r"\b(alpha|beta|gamma)\b", lambda m: GREEK[m[1]], text)
     # One level deep: ^alpha, ^-0.05, ^alpha<sub>D</sub>, ^(alpha/beta).
     power = r"\^(-?)(\(([^()]*)\)|[\w.]*\w(?:<sub>\w+</sub>)?)"
@@ -196,10 +197,12 @@ th,td{padding:.34rem .5rem;border-bottom:1px solid var(--line);text-align:right;
 th{color:var(--faint);font-weight:600;border-bottom-width:2px}
 .l{text-align:left}sup,sub{line-height:0;font-size:.78em}td.l.long{white-space:normal;min-width:17rem;width:50%}
 .caption,figcaption{font-size:.86rem;color:var(--faint);margin:.35rem 0 1.4rem;max-width:50rem}
-figure{margin:1.6rem 0;max-width:54rem}figure img{width:100%;height:auto;display:block;border-radius:.4rem}
+figure{margin:1.6rem 0;max-width:54rem}figure .wide{margin:0}
+figure img{width:100%;height:auto;display:block;border-radius:.4rem}
 pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1rem;overflow-x:auto;font-size:.85rem;line-height:1.5}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.92em;overflow-wrap:anywhere}
 pre code{overflow-wrap:normal}
-@media(max-width:40rem){td.l.long{min-width:13rem;width:auto}}
+@media(max-width:40rem){td.l.long{min-width:13rem;width:auto}th,td{vertical-align:top}
+figure img{width:38rem;max-width:none}}
 @media print{main{max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}
 """

@@ -2,14 +2,16 @@
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from homelab_scaling.report import fit_plots, plots
+from homelab_scaling.report import batch_plots, fit_plots, plots
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.parts import Draw, Nothing
 from homelab_scaling.report.style import DARK, DPI, LIGHT, themed
 
 N_COLOURS = 128
+Section = Literal["figures", "batch"]
+"""Where a figure stands: in a section of figures, or with the text on batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,7 @@ class Kind:
     title: str
     caption: str
     """How to read it."""
+    section: Section = "figures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Picture:
     caption: str
     light_png: bytes
     dark_png: bytes
+    section: Section = "figures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class NoPicture:
     name: str
     title: str
     reason: str
+    """Empty where nobody misses it."""
 
 
 def draw_all(view: LabView) -> list[Picture | NoPicture]:
@@ -58,7 +63,14 @@ def _draw(kind: Kind, view: LabView) -> Picture | NoPicture:
             except Nothing as reason:
                 return NoPicture(name=name, title=kind.title, reason=str(reason))
             pngs.append(_png(figure))
-    return Picture(name=name, title=kind.title, caption=kind.caption, light_png=pngs[0], dark_png=pngs[1])
+    return Picture(
+        name=name,
+        title=kind.title,
+        caption=kind.caption,
+        light_png=pngs[0],
+        dark_png=pngs[1],
+        section=kind.section,
+    )
 
 
 def _png(figure: Any) -> bytes:
@@ -141,5 +153,46 @@ FIGURES: tuple[Kind, ...] = (
         title="Loss against steps",
         caption="Training loss of each run, smoothed (raw behind it). Thick lines are trunks at constant learning "
         "rate, thin ones the decays that branch off them; a dot is the held-out loss where a decay ended.",
+    ),
+    Kind(
+        draw=batch_plots.noise_against_progress,
+        title="Noise scale on the way, and the batch",
+        caption="Each colour is one rung. Dots are windows of its runs, diamonds its probe, with 95 % intervals; a "
+        "triangle is a lower bound. Dashed is the batch: far below the dots more batch would be free, at their height "
+        "it costs about as many tokens again (where the noise scale is calibrated: at c times it).",
+        section="batch",
+    ),
+    Kind(
+        draw=batch_plots.speed_against_batch,
+        title="Speed against batch",
+        caption="Dots are speeds that runs and trials reached on this machine, lines what the trade-off table reckons "
+        "with: the cost model, scaled to the dots where there are any. The ring is the batch of each rung. Where a "
+        "line is flat, a larger batch saves no time.",
+        section="batch",
+    ),
+    Kind(
+        draw=batch_plots.critical_batch_law,
+        title="How the critical batch grows",
+        caption="The batch that costs about 20 % more tokens than a very small one: 0.2 B_crit, with 95 % intervals; "
+        "the line is the law over the ladder with the band of one more rung. Dashed are published rules, each brought "
+        "to the same 20 % and asked at these rungs, most of them outside what they were measured at. Compare the "
+        "slopes before the heights.",
+        section="batch",
+    ),
+    Kind(
+        draw=batch_plots.steps_against_tokens,
+        title="Steps against tokens over batches",
+        caption="Large dots are batches of the sweep with their best rate, small ones the other rates. The line is "
+        "(S/S_min - 1)(E/E_min - 1) = 1; dashed are its ends S_min and E_min with their 95 % intervals, the star is "
+        "B_crit, where both are twice their least.",
+        section="batch",
+    ),
+    Kind(
+        draw=batch_plots.branches_against_batch,
+        title="Branches of one checkpoint",
+        caption="Tokens that each batch needed for what the smallest one did with one token, going on from the same "
+        "checkpoint. The line is the hyperbola at the fitted B_crit with the band of its interval; a dot far above it "
+        "is a batch that needs another rate, or a stretch too short for it.",
+        section="batch",
     ),
 )

@@ -11,10 +11,11 @@ from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT
 from homelab_scaling.fit.result import FitReport, ScalingFit
 from homelab_scaling.fit.slices import levels, tabulate
 from homelab_scaling.fit.words import brief, listed, number, short
+from homelab_scaling.report.batch import batches
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
 from homelab_scaling.report.evidence import card, evidence, live
-from homelab_scaling.report.figures import NoPicture, Picture
+from homelab_scaling.report.figures import NoPicture, Picture, Section
 from homelab_scaling.report.tables import laws, predictions, what_was_run
 from homelab_scaling.report.words import (
     duration,
@@ -40,6 +41,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *live(view),
         *laws(view),
         *evidence(view),
+        *batches(view, images(pictures, "batch")),
         *figures(pictures),
         *weaknesses(view),
         *predictions(view),
@@ -294,21 +296,24 @@ def how_to_repeat(view: LabView) -> list[Block]:
 
 
 def figures(pictures: Sequence[Picture | NoPicture]) -> list[Block]:
-    """Every figure with its caption, or why it is missing."""
-    blocks: list[Block] = [Heading(text="Figures")]
-    absent = []
-    for picture in pictures:
-        if isinstance(picture, NoPicture):
-            if picture.reason:  # a figure that nobody misses has none
-                absent.append(f"{picture.title}: not drawn, because {picture.reason}.")
-            continue
-        blocks.append(
-            Image(
-                file=f"{picture.name}.png",
-                title=picture.title,
-                caption=picture.caption,
-                light_png=picture.light_png,
-                dark_png=picture.dark_png,
-            )
+    """Every figure that has no section of its own with its caption, or why it is missing."""
+    blocks: list[Block] = [Heading(text="Figures"), *images(pictures, "figures")]
+    # A figure that nobody misses gives no reason.
+    absent = [p for p in pictures if isinstance(p, NoPicture) and p.reason]
+    said = tuple(f"{picture.title}: not drawn, because {picture.reason}." for picture in absent)
+    return [*blocks, Bullets(items=said)] if said else blocks
+
+
+def images(pictures: Sequence[Picture | NoPicture], section: Section) -> list[Block]:
+    """The pictures of a section."""
+    return [
+        Image(
+            file=f"{picture.name}.png",
+            title=picture.title,
+            caption=picture.caption,
+            light_png=picture.light_png,
+            dark_png=picture.dark_png,
         )
-    return [*blocks, Bullets(items=tuple(absent))] if absent else blocks
+        for picture in pictures
+        if isinstance(picture, Picture) and picture.section == section
+    ]
