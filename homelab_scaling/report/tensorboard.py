@@ -32,8 +32,13 @@ def write_summaries(folder: Path, view: LabView, pictures: Sequence[Picture]) ->
 
 
 def scalars(view: LabView) -> dict[str, float]:
-    """Tag -> number for every pinned parameter and derived quantity of the main fits."""
+    """Tag -> number for every pinned parameter and derived quantity of the main fits, and for each rung's batch."""
     found: dict[str, float] = {}
+    for rung in view.batches.rungs:
+        found[f"batch/{rung.rung}/batch_tokens"] = rung.batch_tokens
+        for name, estimate in (("b_simple_tokens", rung.b_simple), ("b_crit_tokens", rung.b_crit)):
+            if estimate is not None:
+                found[f"batch/{rung.rung}/{name}"] = estimate.value
     for fit in view.fit.fits if view.fit else ():
         for name, one in {**fit.parameters, **fit.derived}.items():
             if one.value is not None:
