@@ -11,9 +11,9 @@ Source: Merrill et al. 2025 (arXiv 2505.23971) double when the critical batch is
 import math
 from dataclasses import dataclass
 
-from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.errors import SpecError
 from homelab_scaling.specs import ExecutionSpec, ScienceSpec
+from homelab_scaling.train.hooks import Line
 
 MOST_PARTS = 4
 """Micro-batches that an update is cut into while the batch warms up: more cost speed and gain little."""
@@ -72,9 +72,14 @@ def _parts(seqs: int) -> int:
     return max((n for n in divisors if n <= MOST_PARTS), default=divisors[0])
 
 
-def grows(scale: NoiseScale, science: ScienceSpec, halvings: int) -> bool:
-    """Whether a window's noise scale, or what it is at least, passes so many times the present batch."""
+def grows(line: Line, science: ScienceSpec, halvings: int) -> bool:
+    """Whether a window's noise scale, or what it is at least, passes so many times the present batch.
+
+    Args:
+        line: of the window, as in metrics.jsonl.
+    """
     if science.batch_warmup is None or halvings == 0:
         return False
-    found = scale.b_simple_tokens if scale.b_simple_tokens is not None else scale.at_least_tokens
+    value, at_least = line["noise_scale_tokens"], line["noise_at_least_tokens"]
+    found = at_least if value is None else value
     return found is not None and found >= science.batch_warmup.grow_at * batch_tokens(science, halvings)

@@ -99,9 +99,9 @@ class NoiseLog:
         if self.is_main:
             codec.append_jsonl(self.path, lines)
 
-    def finish(self, step: int) -> NoiseScale | None:
-        """The noise scale of the window that ends here; None where none does, or where not all of it was measured."""
-        if not self.ends_at(step):
+    def finish(self, step: int, update: int) -> Line | None:
+        """The metrics line of the window that ends here; None where none does, or where not all of it was measured."""
+        if self.phase is None or not self.ends_at(step):
             return None
         window = self._window(step - 1)
         assert window is not None
@@ -109,20 +109,17 @@ class NoiseLog:
         self.lines = [line for line in self.lines if line["step"] >= step]
         if {line["step"] for line in own} != set(window.steps) or len({line["batch_tokens"] for line in own}) > 1:
             return None  # the batch or the cadence changed on the way
-        return scale_of(own, self.science, tokens_trained=step * self.science.batch_tokens_global)
-
-    def line(self, scale: NoiseScale, *, update: int, step: int, batch_tokens: int) -> Line:
-        """A window's entry in metrics.jsonl."""
-        assert self.phase is not None
+        tokens = step * self.science.batch_tokens_global
+        scale = scale_of(own, self.science, tokens_trained=tokens)
         low, high = scale.ci95_tokens or (None, None)
         return {
             "kind": "noise",
             "update": update,
             "phase": self.phase.name,
             "step": step,
-            "tokens": step * self.science.batch_tokens_global,
+            "tokens": tokens,
             "loss": scale.loss_nats,
-            "batch_tokens": batch_tokens,
+            "batch_tokens": own[-1]["batch_tokens"],
             "noise_scale_tokens": scale.b_simple_tokens,
             "noise_low_tokens": low if scale.b_simple_tokens is not None else None,
             "noise_high_tokens": high,
