@@ -36,7 +36,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, torn or belongs to another run."""
+    """A checkpoint that is missing, torn or belongs to another run, or that could not be written."""
 
 
 class MachineError(UserError):

@@ -80,6 +80,7 @@ class Prober(Trainer):
     def train_phase(self, phase: Phase) -> None:
         """The burn-in, then the result."""
         super().train_phase(phase)
+        self.keeper.wait()
         overhead = self._overhead()
         if self.is_main:
             result = self._result(overhead)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from homelab_scaling import codec
-from homelab_scaling.errors import CheckpointError, MachineError, SpecError
+from homelab_scaling.errors import CheckpointError, SpecError
 
 START, PAUSED = "start", "paused"
 """Names beside those of phases under which a Clock books energy."""
@@ -83,7 +83,7 @@ def save(folder: Path, manifest: Checkpoint, files: dict[str, dict[str, Tensor]]
         The manifest with the files' hashes.
 
     Raises:
-        MachineError: the disk refused; nothing older was touched.
+        CheckpointError: the disk refused; nothing older was touched.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -101,11 +101,18 @@ def save(folder: Path, manifest: Checkpoint, files: dict[str, dict[str, Tensor]]
         codec.sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError(
+        raise CheckpointError(
             f"{folder}: the checkpoint could not be written ({error}); free disk space and run again, the previous "
             "checkpoint is intact"
         ) from error
     return whole
+
+
+def sweep(checkpoints: Path) -> None:
+    """Removes what a killed launch left half written or half deleted; no other launch may be writing there."""
+    for pattern in (".*.partial", ".*.gone"):
+        for left in checkpoints.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

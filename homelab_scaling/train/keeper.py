@@ -1,19 +1,25 @@
-"""Keeps a run resumable: what is saved when, what is dropped, and where a launch takes up again."""
+"""Keeps a run resumable: what is saved when, what is dropped, and where a launch takes up again.
+
+The loop waits until weights and optimizer states are copied to host memory; writing, flushing, hashing, renaming and
+dropping what is replaced happen in a thread. At most one checkpoint is under way, and the older one goes only when the
+newer is on the disk: whatever kills the process, a whole one is left.
+"""
 
 import contextlib
+import copy
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from homelab_scaling.specs import ScienceSpec
 from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train.checkpoint import MODEL, OPTIM, Checkpoint, Clock
-from homelab_scaling.train.model import LanguageModel
 from homelab_scaling.train.optim import MaskedAdamW
 from homelab_scaling.train.schedule import Phase
+from homelab_scaling.train.writer import HostCopies, Writer
 
 Plan = tuple[Phase, ...]
 
@@ -54,39 +60,101 @@ def resume_point(plan: Plan, update: int, rows_done: set[int]) -> ResumePoint | 
 
 
 class Keeper:
-    """Reads and writes one run's checkpoints.
+    """Reads and writes one run's checkpoints; every rank calls the same, and the main one writes.
 
     Args:
         checkpoints: the run's folder of them.
-        model, optimizer: whose state is kept.
+        optimizer: whose weights and states are kept.
+        is_main: whether this rank writes.
     """
 
     def __init__(
-        self, checkpoints: Path, model: LanguageModel, optimizer: MaskedAdamW, *, science: ScienceSpec, data_id: str
+        self,
+        checkpoints: Path,
+        optimizer: MaskedAdamW,
+        *,
+        science: ScienceSpec,
+        data_id: str,
+        is_main: bool = True,
     ) -> None:
-        self.checkpoints, self.model, self.optimizer = checkpoints, model, optimizer
+        self.checkpoints, self.optimizer, self.is_main = checkpoints, optimizer, is_main
+        self.parts = optimizer.parts
         self.science, self.data_id = science, data_id
+        self.writer = Writer()
+        self._copies = HostCopies()
 
-    def weights(self) -> dict[str, Tensor]:
+    def _copy(self, file: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Whole tensors in host memory, on the main rank; the others only give their parts."""
+        copies = {}
+        for name, tensor in tensors:
+            if self.is_main:
+                copies[name] = self._copies.take(f"{file}/{name}", tensor)
+        return copies
+
+    def _weights(self) -> dict[str, Tensor]:
         """Every parameter once, under its Hugging Face name."""
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        return self._copy(MODEL, ((name, self.parts.full(name, p)) for name, p in self.parts.parameters.items()))
 
     def save(self, phase: Phase, *, step: int, update: int, clock: Clock, batch_halvings: int = 0) -> None:
-        """Saves the resume state, then drops the ones it replaces; a decay keeps the fork it came from."""
-        tensors, counters = self.optimizer.state_dict()
-        folder = ckpt.update_folder(self.checkpoints, update)
+        """Begins to save the resume state, then to drop those it replaces; a decay keeps the fork it came from.
+
+        Raises:
+            CheckpointError: the one before it could not be written.
+        """
+        self.writer.wait()  # for the host memory, too
+        files = {MODEL: self._weights(), OPTIM: self._copy(OPTIM, self.optimizer.states())}
+        if not self.is_main:
+            return
+        counters = self.optimizer.counters()
         manifest = self._manifest(phase, step=step, update=update, clock=clock, counters=counters)
         manifest = replace(manifest, batch_halvings=batch_halvings)
-        ckpt.save(folder, manifest, {MODEL: self.weights(), OPTIM: tensors})
+        folder = ckpt.update_folder(self.checkpoints, update)
         fork = ckpt.update_folder(self.checkpoints, phase.first_update) if phase.kind == "decay" else None
+        self._copies.finish()
+        self.writer.submit(lambda: self._write(folder, manifest, files, keep=fork))
+
+    def _write(
+        self, folder: Path, manifest: Checkpoint, files: dict[str, dict[str, Tensor]], keep: Path | None
+    ) -> None:
+        ckpt.save(folder, manifest, files)
         for old in ckpt.resume_folders(self.checkpoints):
-            if old not in (folder, fork):
+            if old not in (folder, keep):
                 _remove(old)
 
-    def save_row(self, phase: Phase, *, step: int, update: int, clock: Clock) -> None:
-        """Saves the finished model of a row, without the optimizer; it is never dropped."""
+    def save_row(self, phase: Phase, *, step: int, update: int, clock: Clock) -> str | None:
+        """Saves the finished model of a row, without the optimizer, before it returns; it is never dropped.
+
+        Returns:
+            The hash of the weights; None on other ranks.
+
+        Raises:
+            CheckpointError: it, or the resume state before it, could not be written.
+        """
+        self.writer.wait()
+        weights = self._weights()
+        if not self.is_main:
+            return None
         manifest = self._manifest(phase, step=step, update=update, clock=clock, counters={})
-        ckpt.save(ckpt.row_folder(self.checkpoints, phase.horizon_tokens), manifest, {MODEL: self.weights()})
+        self._copies.finish()
+        ckpt.save(ckpt.row_folder(self.checkpoints, phase.horizon_tokens), manifest, {MODEL: weights})
+        return ckpt.tensors_hash(weights)
+
+    def check(self) -> None:
+        """Raises the error of a checkpoint that could not be written meanwhile."""
+        self.writer.check()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.writer.wait()
+
+    def close(self) -> None:
+        """Waits, where another error is on its way out already."""
+        with contextlib.suppress(Exception):
+            self.writer.wait()
 
     def _manifest(self, phase: Phase, *, step: int, update: int, clock: Clock, counters: dict[str, int]) -> Checkpoint:
         return Checkpoint(
@@ -97,7 +165,7 @@ class Keeper:
             phase=phase.name,
             science_hash=self.science.hash,
             data_id=self.data_id,
-            clock=clock,
+            clock=copy.deepcopy(clock),  # it goes on while this is written
             counters=counters,
         )
 
@@ -107,17 +175,17 @@ class Keeper:
         Raises:
             CheckpointError: it is damaged.
         """
+        self.wait()
         manifest = ckpt.read_manifest(folder)
-        device = next(self.model.parameters()).device
-        loaded = ckpt.load_tensors(folder, MODEL, device)
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                p.copy_(loaded[name])
+        device = self.parts.load_device
+        self.parts.load_weights(ckpt.load_tensors(folder, MODEL, device))
         self.optimizer.load_state_dict(ckpt.load_tensors(folder, OPTIM, device), manifest.counters)
         return manifest
 
     def take_up(self, plan: Plan, rows_done: set[int]) -> tuple[ResumePoint, list[str]]:
         """Loads the newest usable checkpoint, if any; says where to go on and which checkpoints were passed over."""
+        if self.is_main:
+            ckpt.sweep(self.checkpoints)
         last = plan[-1]
         if {
             p.horizon_tokens for p in plan if p.earns_row

@@ -6,13 +6,16 @@ alone whose gradient is NaN. That is why the 8-bit optimizer is two: the large m
 embedding (unstable in 8 bit, transformers#14819) and everything small keep 32-bit states in torch's AdamW.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from homelab_scaling.errors import MachineError
 from homelab_scaling.specs import Optim
+from homelab_scaling.train.parts import Parts
 
 MIN_8BIT_ELEMENTS = 4096
 """Below this bitsandbytes itself keeps 32-bit states."""
@@ -26,23 +29,25 @@ class MaskedAdamW:
     Args:
         model: its parameters in their final place.
         optim: names and constants.
+        parts: where they lie, if not whole on every rank.
     """
 
-    def __init__(self, model: nn.Module, optim: Optim) -> None:
-        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        named = [(name, p) for p, name in self.names.items()]
+    def __init__(self, model: nn.Module, optim: Optim, parts: Parts | None = None) -> None:
+        self.parts = parts or Parts(model)
+        named = list(self.parts.parameters.items())
+        self.names = {p: name for name, p in named}
         eight = [(n, p) for n, p in named if optim.name == "adamw8bit" and _takes_8bit(n, p)]
         in_eight = {n for n, _ in eight}
         self.grad_clip = optim.grad_clip
         self.on_cuda = named[0][1].is_cuda
         self._torch = torch.optim.AdamW(
-            _groups([(n, p) for n, p in named if n not in in_eight], optim),
+            _groups([(n, p) for n, p in named if n not in in_eight], optim, self.parts.ndim),
             lr=0.0,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
             fused=True,
         )
-        self._eight_bit: Any = _eight_bit_adamw(_groups(eight, optim), optim) if eight else None
+        self._eight_bit: Any = _eight_bit_adamw(_groups(eight, optim, self.parts.ndim), optim) if eight else None
 
     @property
     def _optimizers(self) -> list[Any]:
@@ -50,7 +55,7 @@ class MaskedAdamW:
 
     def clip(self) -> Tensor:
         """Scales all gradients to at most `grad_clip` together; returns their norm before that, on the device."""
-        return torch.nn.utils.clip_grad_norm_(list(self.names), self.grad_clip)
+        return self.parts.clip(self.grad_clip)
 
     @torch.no_grad()
     def step(self, lr: float, finite: Tensor) -> None:
@@ -83,21 +88,42 @@ class MaskedAdamW:
         for p in self.names:
             p.grad = None
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Every state tensor and every plain counter, under "parameter name/state name"."""
-        tensors: dict[str, Tensor] = {}
-        counters: dict[str, int] = {}
+    def states(self) -> Iterator[tuple[str, Tensor]]:
+        """Every state tensor, whole, as "parameter name/state name"; under FSDP all ranks go through them together."""
+        if self.parts.is_sharded:
+            yield from self._gathered()
+            return
         for optimizer in self._optimizers:
             for p, state in optimizer.state.items():
                 for key, value in state.items():
-                    name = f"{self.names[p]}/{key}"
-                    if key.startswith("qmap"):  # bitsandbytes' fixed code books, shared by all tensors
-                        continue
-                    if isinstance(value, Tensor):
-                        tensors[name] = value
-                    else:
-                        counters[name] = int(value)
-        return tensors, counters
+                    # qmap: bitsandbytes' fixed code books, shared by all tensors
+                    if isinstance(value, Tensor) and not key.startswith("qmap"):
+                        yield f"{self.names[p]}/{key}", value
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """The states of torch's AdamW from all ranks; one of them may hold nothing of a small parameter."""
+        state = self._torch.state
+        if not self.parts.any_rank(len(state) > 0):
+            return
+        step = next((of_one["step"] for of_one in state.values()), torch.zeros(()))
+        for name, p in self.parts.parameters.items():
+            yield f"{name}/step", step
+            for key in ("exp_avg", "exp_avg_sq"):
+                yield f"{name}/{key}", self.parts.full(name, state.get(p, {}).get(key))
+
+    def counters(self) -> dict[str, int]:
+        """Every plain counter, as "parameter name/state name"."""
+        return {
+            f"{self.names[p]}/{key}": int(value)
+            for optimizer in self._optimizers
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+            if not isinstance(value, Tensor)
+        }
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Every state tensor and every plain counter."""
+        return dict(self.states()), self.counters()
 
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Puts back what `state_dict` gave; a parameter without an entry starts fresh."""
@@ -108,9 +134,19 @@ class MaskedAdamW:
         for key, value in [*tensors.items(), *counters.items()]:
             name, entry = key.rsplit("/", 1)
             p = by_name[name]
-            owner[p].state.setdefault(p, {})[entry] = value.clone().to(p.device) if isinstance(value, Tensor) else value
+            owner[p].state.setdefault(p, {})[entry] = self._own_state(name, p, entry, value)
         if self._eight_bit is not None:
             self._restore_code_books()
+
+    def _own_state(self, name: str, p: nn.Parameter, entry: str, value: Tensor | int) -> Tensor | int:
+        """This rank's part of a saved state."""
+        if not isinstance(value, Tensor):
+            return value
+        if not self.parts.is_sharded or entry == "step":
+            return value.clone().to(p.device)
+        own = torch.zeros_like(p, requires_grad=False)
+        self.parts.fill(name, own, value)
+        return own
 
     def _restore_code_books(self) -> None:
         optimizer: Any = self._eight_bit
@@ -122,9 +158,15 @@ class MaskedAdamW:
                 state[key] = optimizer.name2qmap[book]
 
     def state_bytes(self) -> int:
-        """Memory of the optimizer's states, measured."""
-        tensors, _ = self.state_dict()
-        seen = {t.data_ptr(): t.numel() * t.element_size() for t in tensors.values()}
+        """Memory of the optimizer's states on this rank, measured; bitsandbytes' shared code books aside."""
+        own = [
+            value.to_local() if isinstance(value, DTensor) else value
+            for optimizer in self._optimizers
+            for state in optimizer.state.values()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and not key.startswith("qmap")
+        ]
+        seen = {t.data_ptr(): t.numel() * t.element_size() for t in own}
         return sum(seen.values())
 
 
@@ -132,10 +174,10 @@ def _takes_8bit(name: str, p: nn.Parameter) -> bool:
     return p.ndim >= 2 and p.numel() >= MIN_8BIT_ELEMENTS and not name.endswith(("wte.weight", "lm_head.weight"))
 
 
-def _groups(named: list[Named], optim: Optim) -> list[dict[str, Any]]:
+def _groups(named: list[Named], optim: Optim, ndim: dict[str, int]) -> list[dict[str, Any]]:
     """Matrices decay, vectors (biases, norms) do not."""
-    matrices = [p for _, p in named if p.ndim >= 2]
-    vectors = [p for _, p in named if p.ndim < 2]
+    matrices = [p for name, p in named if ndim[name] >= 2]
+    vectors = [p for name, p in named if ndim[name] < 2]
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

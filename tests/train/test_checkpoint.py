@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from homelab_scaling.errors import CheckpointError, MachineError
+from homelab_scaling.errors import CheckpointError
 from homelab_scaling.train import checkpoint as ckpt
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writes fail with EFBIG, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(MachineError, match="previous checkpoint is intact"):
+        with pytest.raises(CheckpointError, match="previous checkpoint is intact"):
             ckpt.save(ckpt.update_folder(tmp_path, 9), manifest(9), {ckpt.MODEL: {"w": torch.zeros(10_000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
