@@ -1,9 +1,9 @@
 """The training loop: one run, from whatever is on disk to its last row.
 
 Reads top to bottom: resume, then for each phase its updates, then its row. Everything that may differ between segments
-comes from `session`; everything that decides the result comes from the science spec. The device is asked for numbers
-only at log boundaries; validations and checkpoints happen there, at the same step on every rank. Signals and the
-watchdog's orders are met in `obey`.
+comes from `session`; everything that decides the result comes from the science spec. One step is in `step`. The device
+is asked for numbers only at log boundaries; validations and checkpoints happen there, at the same step on every rank,
+and where a window of the noise scale ends there is one too. Signals and the watchdog's orders are met in `obey`.
 """
 
 import contextlib
@@ -15,39 +15,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from homelab_scaling import codec
-from homelab_scaling.batch.noise import Cut, choose_cut
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.runs import Row, RunFolder, RunRecord, RunStatus, StoppedBy
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train import oom, oom_notes
-from homelab_scaling.train.batch_warmup import first_halvings, grows, split_step
+from homelab_scaling.train.batch_warmup import grows
 from homelab_scaling.train.evaluate import Evaluator, Validation
-from homelab_scaling.train.feed import Feed, open_matching_shards
 from homelab_scaling.train.hooks import Hooks, Line, MetricsFile, Progress, Trackers, surviving
 from homelab_scaling.train.journal import Diverged, Journal, how_it_ended
 from homelab_scaling.train.keeper import Keeper
 from homelab_scaling.train.ledger import make_record, make_row
-from homelab_scaling.train.meter import Meter, Pending
-from homelab_scaling.train.model import LanguageModel, build_model
-from homelab_scaling.train.noise_log import log_of_run, said_of
 from homelab_scaling.train.obey import Agreed, Code, Obey
-from homelab_scaling.train.optim import MaskedAdamW
 from homelab_scaling.train.orders import connect
 from homelab_scaling.train.ranks import Ranks
 from homelab_scaling.train.schedule import Phase, lr_at, phases, validation_steps
-from homelab_scaling.train.session import (
-    Choices,
-    about_segment,
-    choose,
-    describe_machine,
-    segment_facts,
-    start_accelerator,
-    sum_over_ranks,
-)
+from homelab_scaling.train.session import Choices, about_segment, choose, start_accelerator, sum_over_ranks
+from homelab_scaling.train.step import Stepper
 from homelab_scaling.train.stop import StopWish
 from homelab_scaling.train.timing import Timing
 from homelab_scaling.watch.energy import read_wall_model
@@ -55,7 +41,7 @@ from homelab_scaling.watch.energy import read_wall_model
 EVAL_BATCH_TOKENS = 16_384
 
 
-class Trainer:
+class Trainer(Stepper):
     """One launch of one run.
 
     Args:
@@ -77,39 +63,15 @@ class Trainer:
         hooks: list[Hooks],
         started: float,
     ) -> None:
-        self.spec, self.folder, self.accelerator, self.choices = spec, folder, accelerator, choices
-        self.science, self.execution = spec.science, spec.execution
-        self.device: torch.device = accelerator.device
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.is_main: bool = accelerator.is_main_process
+        journal = Journal(folder, hooks, is_main=accelerator.is_main_process)
+        super().__init__(spec, folder, accelerator, choices, journal)
         self.plan = phases(self.science)
-        self.halvings = first_halvings(self.science)
-        self.split = split_step(self.science, self.execution, self.halvings)
-        self.machine = describe_machine(self.device, self.world_size)
-        self.journal = Journal(folder, hooks, is_main=self.is_main)
-
-        self.shards = open_matching_shards(spec, folder)
-        self.feed = Feed(self.shards, spec, rank=self.rank, world_size=self.world_size, device=self.device)
-        self.model: LanguageModel = build_model(
-            self.science.shape,
-            self.science.n_vocab,
-            seed=self.science.seed,
-            loss_path=choices.loss_path,
-            recompute=self.execution.activation_checkpointing,
-        )
-        if choices.compile:
-            self.model.compile_in_place(choices.compile_mode)
-        self.wrapped = accelerator.prepare(self.model)
-        self.optimizer = MaskedAdamW(self.model, self.science.optim)
         self.keeper = Keeper(
             self.folder.checkpoints,
             self.optimizer,
             science=self.science,
             data_id=self.shards.manifest.data_id,
             is_main=self.is_main,
-        )
-        self.noise = log_of_run(
-            spec, folder.path / "noise.jsonl", self.wrapped, world_size=self.world_size, is_main=self.is_main
         )
         evaluator = partial(
             Evaluator,
@@ -124,13 +86,8 @@ class Trainer:
         self.evaluate_full = evaluator(n_tokens=self.science.val_tokens)
         self.evaluate_curve = evaluator(n_tokens=min(self.execution.curve_tokens, self.science.val_tokens))
 
-        self.update = 0
-        self.step = 0
         self.rows: tuple[Row, ...] = ()
         self.saved_update: int | None = None
-        self.meter = Meter(self.science, self.machine, self.device)
-        self.first_interval = True
-        """The interval holds compilation and cold caches, and so no honest rate."""
         self.stop = StopWish()
         self.ranks = Ranks(self.world_size)
         self.watched = connect(spec, folder, accelerator, self.ranks, self.journal.event)
@@ -194,7 +151,9 @@ class Trainer:
         if self.first_interval:
             self.timing.book_start(self.timing.lap())
         while self.step < phase.end_step:
+            began = time.monotonic()
             self.do_update(lr_at(self.science, phase, self.step))
+            self.obey.after_update(began)
             if self.first_interval and len(self.meter.pending) == 1:
                 gc.collect()
                 gc.freeze()  # long-lived objects are never scanned again; nanochat measured pauses of 500 ms
@@ -206,116 +165,13 @@ class Trainer:
             elif self.obey.due(self.update) and (agreed := self.obey.look(self.update)).acts:
                 self.boundary(phase, agreed=agreed)
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of an optimizer update, on this rank."""
-        return self.split.accumulation
-
-    @property
-    def batch_tokens(self) -> int:
-        """The batch of an optimizer update at present."""
-        return self.science.batch_tokens_global >> self.halvings
-
-    def do_update(self, lr: float) -> None:
-        """One step at rate `lr`, and the sleep after it; leaves loss and gradient norm on the device.
-
-        A step is one optimizer update, or in a batch warm-up several, of one full batch together.
-        """
-        began = time.monotonic()
-        n_parts, lr = self.split.n_updates, lr * self.split.lr_scale
-        listen = self.noise.measures(self.step)
-        loss, norm = self.do_part(0, lr, listen)
-        for part in range(1, n_parts):
-            of_part = self.do_part(part, lr, listen)
-            loss, norm = loss + of_part[0], norm + of_part[1]
-        if n_parts > 1:
-            loss, norm = loss / n_parts, norm / n_parts
-        self.meter.add(Pending(step=self.step, lr=lr, loss=loss, grad_norm=norm, batch_tokens=self.batch_tokens))
-        self.step += 1
-        self.update += 1
-        self.obey.after_update(began)
-
-    def do_part(self, part: int, lr: float, listen: bool) -> tuple[Tensor, Tensor]:
-        """One optimizer update of a step: this rank's mean loss and the gradients' norm, both on the device."""
-        while True:
-            try:
-                loss, norm = self.gradients(part, listen=listen)
-                break
-            except RuntimeError as error:
-                if (said := oom.complaint(error)) is None:
-                    raise
-            self.make_room(said)  # the error is gone by here, and with it the activations that its frames held
-        if listen:
-            self.noise.note(norm, update=self.update, step=self.step, batch_tokens=self.batch_tokens)
-        try:
-            self.optimizer.step(lr, torch.isfinite(norm))
-        except RuntimeError as error:
-            if (said := oom.complaint(error)) is None:
-                raise
-            raise self.note_oom(said) from error  # the update may be half done: only the last checkpoint is sure
-        self.optimizer.zero_grad()
-        return loss, norm
-
-    def gradients(self, part: int = 0, *, listen: bool = False) -> tuple[Tensor, Tensor]:
-        """Clipped gradients of a part of the current batch, left in the parameters; the loss and the norm before.
-
-        With `listen` the noise log hears every backward pass; an update of one only is cut, so that there are two.
-        """
-        size, accumulation = self.split.microbatch_seqs, self.split.accumulation
-        cut = Cut()
-        if listen:
-            cut = choose_cut(
-                n_passes=accumulation,
-                world_size=self.world_size,
-                seqs_per_pass=size,
-                compiled=self.choices.compile,
-            )
-        n_passes = accumulation * cut.parts
-        hearing = self.noise.listening(n_passes=n_passes, seqs_per_pass=size // cut.parts) if listen else None
-        loss_sum = torch.zeros((), device=self.device)
-        with hearing or contextlib.nullcontext():
-            for micro in range(accumulation):
-                batch = self.feed.micro_batch(self.step, part * accumulation + micro, size)
-                for piece, (x_BT, y_BT) in enumerate(cut.pieces(*batch), start=1):
-                    is_last = micro == accumulation - 1 and piece == cut.parts
-                    with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                        loss = self.wrapped(x_BT, y_BT)
-                        # A loss that is not finite poisons its own gradients: every rank sees it in the averaged norm.
-                        poison = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-                        self.accelerator.backward(loss * poison / n_passes)
-                    loss_sum += loss.detach() / n_passes
-        return loss_sum, self.optimizer.clip()
-
-    def make_room(self, said: str) -> None:
-        """After memory ran out, before the weights were touched: a smaller micro-batch, or the end of this launch."""
-        error = self.note_oom(said)
-        fewer = oom_notes.smaller(self.execution.microbatch_seqs_per_rank)
-        if self.world_size > 1 or fewer is None:
-            raise error
-        self.spec = oom_notes.with_microbatch(self.spec, fewer)
-        self.execution = self.spec.execution
-        self.optimizer.zero_grad()
-        self.split_anew(self.halvings)
-        oom.free_caches()
-        self.journal.event("segment", **self._segment([]))
-
     def split_anew(self, halvings: int) -> None:
-        """Another cut of the step; a compiled model is compiled once for each size, not for any, which is slower."""
-        before, self.halvings = self.split.microbatch_seqs, halvings
-        self.split = split_step(self.science, self.execution, halvings)
-        if self.split.microbatch_seqs == before:
-            return
-        self.first_interval = True
-        if self.choices.compile:
-            torch.compiler.reset()
+        """Another cut of the step; a compiled model validates in the size that it is compiled for."""
+        before = self.split
+        super().split_anew(halvings)
+        if self.choices.compile and self.split != before:
             for evaluator in (self.evaluate_full, self.evaluate_curve):
                 evaluator.batch_seqs = min(self._validation_batch(), max(1, len(evaluator.windows)))
-
-    def note_oom(self, said: str) -> HomelabError:
-        """Tells disk and peers; returns what to raise where this launch cannot go on."""
-        note = oom_notes.write_note(self.spec, self.folder, update=self.update, step=self.step, said=said)
-        self.journal.event("oom", **note)
-        return oom_notes.error_of(note)
 
     # ------------------------------------------------------------------------------------------- once in a while
 
@@ -360,13 +216,12 @@ class Trainer:
     def heed_noise(self, phase: Phase, lines: list[Line]) -> None:
         """Keeps what was heard; where a window ends, logs its noise scale and perhaps doubles a batch that warms up."""
         self.noise.collect(lines)
-        scale = self.noise.finish(self.step)
-        if scale is None:
+        line = self.noise.finish(self.step, self.update)
+        if line is None:
             return
-        line = self.noise.line(scale, update=self.update, step=self.step, batch_tokens=self.batch_tokens)
         self.journal.tell("noise", line)
         # Agreed, lest a last bit part the ranks.
-        if self.halvings and self.ranks.max([grows(scale, self.science, self.halvings)])[0]:
+        if self.halvings and self.ranks.max([grows(line, self.science, self.halvings)])[0]:
             self.split_anew(self.halvings - 1)
             self.noise.enter(phase, self.halvings)
             if self.is_main:
@@ -474,13 +329,8 @@ class Trainer:
             kept = surviving(codec.read_jsonl(self.folder.metrics), self.update)
             about = about_segment(self.spec, self.choices, self.machine, step=self.step, skipped=skipped)
             self.journal.tell("start", kept, self.update * self.science.batch_tokens_global, about)
-            self.journal.event("segment", **self._segment(skipped))
+            self.journal.event("segment", **self.segment(skipped))
             self.write_record("running", "in progress")
-
-    def _segment(self, skipped: list[str]) -> dict[str, Any]:
-        done = {"update": self.update, "step": self.step, "pids": self.pids, "skipped_checkpoints": skipped}
-        done |= {"batch_tokens": self.batch_tokens, "noise": said_of(self.spec, compiled=self.choices.compile)}
-        return done | segment_facts(self.spec, self.choices, self.machine, self.model, self.device)
 
     # ------------------------------------------------------------------------------------------------- telling
 
