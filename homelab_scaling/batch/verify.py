@@ -19,7 +19,7 @@ from homelab_scaling.errors import RunFailed, SpecError
 from homelab_scaling.plan.cost import GPU_START_S, VALIDATION_COST_FRAC
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec, Schedule, make_run_id
-from homelab_scaling.sweep.local import run_recipe
+from homelab_scaling.sweep.recipe import run_recipe
 
 WARMUP_FRAC = 0.04
 """Of what a trial may take."""
@@ -151,6 +151,7 @@ def trial_spec(plan: SweepPlan, seqs: int, factor: float) -> RunSpec:
             lr_final_frac=0.0,
         ),
         val_tokens=plan.curve_tokens,
+        batch_warmup=None,
     )
     every = max(1, n_steps // CURVE_POINTS)
     execution = replace(
@@ -162,6 +163,7 @@ def trial_spec(plan: SweepPlan, seqs: int, factor: float) -> RunSpec:
         checkpoint_every_steps=None,
         curve_tokens=plan.curve_tokens,
         curve_every_tokens=every * batch,
+        noise_every_steps=None,
         trackers=(),
     )
     return replace(

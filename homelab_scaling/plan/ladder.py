@@ -267,6 +267,7 @@ def _run_spec(
         precision=training.precision,
         seed=seed,
         val_tokens=given.val_tokens,
+        batch_warmup=rung.batch_warmup,
     )
     table = ladder.train
     execution = ExecutionSpec(
@@ -283,6 +284,7 @@ def _run_spec(
         checkpoint_every_steps=table.checkpoint_every_steps,
         curve_tokens=min(ladder.validation.curve_tokens, given.val_tokens),
         curve_every_tokens=launch.curve_every_tokens,
+        noise_every_steps=launch.noise_every_steps,
         predicted_s=launch.seconds,
     )
     return RunSpec(

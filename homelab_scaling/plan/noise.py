@@ -7,9 +7,11 @@ long runs rarer: more than `GOOD_MEASUREMENTS` in a window measure nothing bette
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.rules import GAP_WARN_FRAC, decay_steps, gap
 from homelab_scaling.specs import BatchWarmup
 
@@ -47,17 +49,44 @@ def why_not_measured(batch_seqs: int, longest_phase: int, every: int) -> str | N
     return None
 
 
-def cadence(*, n_steps: int, longest_phase: int, batch_seqs: int, n_passes: int, may_compile: bool) -> int | None:
-    """Every how many updates a run measures by itself, or None where it would get no window full.
+def cadence(*, n_steps: int, n_passes: int, may_compile: bool) -> int:
+    """Every how many updates a run measures where the ladder does not say.
 
     Args:
         n_steps: updates to the longest horizon.
-        longest_phase: updates of the longest stretch under one learning-rate rule; windows do not cross its ends.
         n_passes: micro-batches of an update, over all ranks.
     """
     cutting: Cutting = "as trained" if n_passes > 1 else "in full-size parts" if may_compile else "in parts"
-    every = max(every_steps(OVERHEAD_FRAC[cutting]), n_steps // (N_WINDOWS * GOOD_MEASUREMENTS))
-    return None if why_not_measured(batch_seqs, longest_phase, every) else every
+    return max(every_steps(OVERHEAD_FRAC[cutting]), n_steps // (N_WINDOWS * GOOD_MEASUREMENTS))
+
+
+def plan_cadence(
+    ladder: Ladder,
+    *,
+    rung: str,
+    horizons_tokens: tuple[int, ...],
+    batch_tokens: int,
+    n_passes: int,
+    warn: Callable[[str], None],
+) -> int | None:
+    """ExecutionSpec.noise_every_steps of one run: as the ladder asks, else as is cheap; None where it would be no use.
+
+    Raises:
+        SpecError: it is asked for on sharded parameters.
+    """
+    asked, sharded = ladder.batch.noise_every_steps, ladder.train.sharding != "none"
+    if asked == 0 or (asked is None and sharded):
+        return None
+    if sharded:
+        raise SpecError(f"batch.noise_every_steps = {asked}: {SHARDED}, or remove the line")
+    n_steps = horizons_tokens[-1] // batch_tokens
+    every = asked or cadence(n_steps=n_steps, n_passes=n_passes, may_compile=ladder.train.compile != "off")
+    decay_frac = None if ladder.schedule.name == "cosine" else ladder.schedule.decay_frac
+    longest = longest_phase(horizons_tokens, batch_tokens, decay_frac)
+    why_not = why_not_measured(batch_tokens // ladder.context_tokens, longest, every)
+    if why_not is not None and asked is not None:
+        warn(f"rung {rung}: batch.noise_every_steps = {asked} measures nothing: {why_not}")
+    return None if why_not is not None else every
 
 
 def longest_phase(horizons_tokens: tuple[int, ...], batch_tokens: int, decay_frac: float | None) -> int:
@@ -70,20 +99,23 @@ def longest_phase(horizons_tokens: tuple[int, ...], batch_tokens: int, decay_fra
     return max(*stretches, *(end - fork for end, fork in zip(ends, forks, strict=True)))
 
 
-def first_batch(
-    wanted_tokens: int, *, batch_tokens: int, context_tokens: int, n_ranks: int, rung: str
-) -> tuple[BatchWarmup | None, str | None]:
-    """The warm-up of one rung's batch, and a warning where the wish was rounded; no warm-up from the batch or above.
+def plan_warmup(
+    ladder: Ladder, *, rung: str, batch_tokens: int, n_ranks: int, warn: Callable[[str], None]
+) -> BatchWarmup | None:
+    """The warm-up of one rung's batch; None where the ladder asks for none, or for one from that batch or above.
 
     The nearest batch of whole sequences on every rank, two at least, that reaches the rung's by doubling; the rungs of
     a ladder differ in their batch, so it is rounded by up to a factor of sqrt(2).
 
     Raises:
-        SpecError: the nearest one is farther off.
+        SpecError: the nearest one is farther off, or parameters are sharded.
     """
+    wanted_tokens, context_tokens = ladder.batch.warmup_from_tokens, ladder.context_tokens
+    if wanted_tokens is None or wanted_tokens >= batch_tokens:
+        return None
+    if ladder.train.sharding != "none":
+        raise SpecError(f"batch.warmup_from_tokens needs the noise scale: {SHARDED}, or remove the line")
     seqs = batch_tokens // context_tokens
-    if wanted_tokens >= batch_tokens:
-        return None, None
     least = max(2, n_ranks)
     halves = [seqs >> k for k in range(seqs.bit_length()) if seqs % (1 << k) == 0]
     possible = [n * context_tokens for n in halves if n >= least and n % n_ranks == 0]
@@ -94,10 +126,9 @@ def first_batch(
             f"tokens ({seqs} sequences on {n_ranks} rank{'s' * (n_ranks > 1)}) by doubling; the nearest that does is "
             f"{nearest:,}, or choose a batch with more factors of 2"
         )
-    warning = None
     if abs(gap(wanted_tokens, nearest)) > GAP_WARN_FRAC:
-        warning = (
+        warn(
             f"rung {rung}: wanted a batch warm-up from {wanted_tokens:,} tokens, {nearest:,} is the nearest that "
             f"reaches {batch_tokens:,} by doubling ({gap(wanted_tokens, nearest):+.0%})"
         )
-    return None if nearest == batch_tokens else BatchWarmup(from_tokens=nearest), warning
+    return None if nearest == batch_tokens else BatchWarmup(from_tokens=nearest)

@@ -7,7 +7,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.plan.cost import Power, Rate
 from homelab_scaling.plan.counting import ParamCount
 from homelab_scaling.plan.memory import LossPath, VramEstimate
-from homelab_scaling.specs import ModelShape, OptimizerName, Precision, RunSpec
+from homelab_scaling.specs import BatchWarmup, ModelShape, OptimizerName, Precision, RunSpec
 
 BatchBasis = Literal["measured", "bound", "forecast", "prior"]
 """What an advised batch rests on: the noise scale, a lower bound of it, those of other rungs, or nothing measured."""
@@ -123,6 +123,8 @@ class Launch:
     """Decays included."""
     curve_every_tokens: int | None
     seconds: float | None
+    noise_every_steps: int | None = None
+    """The noise scale is measured on every so-many-th update; None never."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,7 @@ class RungPlan:
     launches: tuple[Launch, ...]
     """Of one seed."""
     bill: Bill
+    batch_warmup: BatchWarmup | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

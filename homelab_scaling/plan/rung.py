@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Ladder, Rung
-from homelab_scaling.plan import cost, memory, rules
+from homelab_scaling.plan import cost, memory, noise, rules
 from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import count_params, flops_6nd_per_token, flops_per_token
 from homelab_scaling.plan.memory import LossPath, VramEstimate
@@ -70,9 +70,24 @@ def plan_rung(given: Given, rung: Rung) -> RungPlan:
         sharding=given.ladder.train.sharding,
         measured=given.measured,
     )
-    launches = plan_launches(given, rung, training, rate)
+    launches = plan_launches(given, rung, training, placement, rate)
     bill = plan_bill(given, size=size, training=training, placement=placement, launches=launches, rate=rate)
-    return RungPlan(name=rung.name, size=size, training=training, placement=placement, launches=launches, bill=bill)
+    warmup = noise.plan_warmup(
+        given.ladder,
+        rung=rung.name,
+        batch_tokens=training.batch_tokens,
+        n_ranks=placement.n_processes,
+        warn=given.warn,
+    )
+    return RungPlan(
+        name=rung.name,
+        size=size,
+        training=training,
+        placement=placement,
+        launches=launches,
+        bill=bill,
+        batch_warmup=warmup,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- size
@@ -397,8 +412,10 @@ def _warn_too_large(given: Given, name: str, need: VramEstimate, card: int, best
 # -------------------------------------------------------------------------------------------------- launches and bill
 
 
-def plan_launches(given: Given, rung: Rung, training: Training, rate: Rate | None) -> tuple[Launch, ...]:
-    """The runs of one seed, with their validation cadence and predicted seconds."""
+def plan_launches(
+    given: Given, rung: Rung, training: Training, placement: Placement, rate: Rate | None
+) -> tuple[Launch, ...]:
+    """The runs of one seed, with their validation and measuring cadence and predicted seconds."""
     ladder, batch = given.ladder, training.batch_tokens
     tokens = tuple(h.tokens for h in training.horizons)
     groups = (tokens,) if ladder.schedule.name == "wsd" else tuple((t,) for t in tokens)
@@ -416,8 +433,22 @@ def plan_launches(given: Given, rung: Rung, training: Training, rate: Rate | Non
         seconds = None
         if rate is not None:
             seconds = cost.run_seconds(rate, n_tokens_trained=trained, n_tokens_validated=validated, box=given.box)
+        noise_every = noise.plan_cadence(
+            ladder,
+            rung=rung.name,
+            horizons_tokens=group,
+            batch_tokens=batch,
+            n_passes=placement.accumulation_steps * placement.n_processes,
+            warn=given.warn,
+        )
         launches.append(
-            Launch(horizons_tokens=group, tokens_trained=trained, curve_every_tokens=every, seconds=seconds)
+            Launch(
+                horizons_tokens=group,
+                tokens_trained=trained,
+                curve_every_tokens=every,
+                seconds=seconds,
+                noise_every_steps=noise_every,
+            )
         )
     return tuple(launches)
 

@@ -192,7 +192,7 @@ def _training(plan: Plan) -> "Table":
         table.add_row(
             rung.name,
             f"{t.batch_tokens_wanted:,}",
-            f"{t.batch_tokens:,}",
+            f"{rung.batch_warmup.from_tokens:,} to {t.batch_tokens:,}" if rung.batch_warmup else f"{t.batch_tokens:,}",
             t.batch_source,
             f"{p.microbatch_seqs_per_rank}x{p.accumulation_steps}x{p.n_processes}",
             p.loss_path,

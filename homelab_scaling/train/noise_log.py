@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from homelab_scaling import codec
 from homelab_scaling.batch.estimator import NoiseMeasurement, NoiseScale, noise_scale
-from homelab_scaling.batch.noise import SHARDED, Cut, NoiseHook, choose_cut
+from homelab_scaling.batch.noise import Cut, NoiseHook, choose_cut
 from homelab_scaling.plan.counting import count_params
+from homelab_scaling.plan.noise import SHARDED
 from homelab_scaling.specs import RunSpec, ScienceSpec
 from homelab_scaling.train.hooks import Line
 from homelab_scaling.train.noise_windows import Window, run_windows, warmup_windows

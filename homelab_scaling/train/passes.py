@@ -34,7 +34,8 @@ class Passes:
             noise: hears every pass; an update of a single one is cut, so that there are two. None hears nothing.
         """
         size = split.microbatch_seqs
-        cut, hearing = Cut(), contextlib.nullcontext()
+        cut = Cut()
+        hearing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if noise is not None:
             ranks = self.accelerator.num_processes
             cut = choose_cut(n_passes=split.accumulation, world_size=ranks, seqs_per_pass=size, compiled=self.compiled)
