@@ -172,6 +172,7 @@ def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
         events = codec.read_jsonl(folder.events) if folder.events.exists() else []
     except HomelabError:
         events = []  # only a batch warm-up is read from them
+    warmup = spec.science.batch_warmup if spec is not None else None
     if spec is not None:
         science = spec.science
         rung, seed = spec.rung, science.seed
@@ -192,7 +193,7 @@ def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
         training=_curves(lines, "step"),
         validation=_curves([line for line in lines if line.get("set") == "curve"], "val"),
         noise=noise_lines(lines),
-        batches=batch_events(events),
+        batches=batch_events(events, warmup.from_tokens) if warmup else (),
     )
 
 

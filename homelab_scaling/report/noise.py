@@ -79,13 +79,16 @@ def noise_lines(lines: Sequence[dict[str, Any]]) -> tuple[Noise, ...]:
     return tuple(found)
 
 
-def batch_events(events: Sequence[dict[str, Any]]) -> tuple[BatchAt, ...]:
-    """The batch of a warm-up from each doubling on; a segment that went back in time takes its later ones with it."""
-    found: list[BatchAt] = []
+def batch_events(events: Sequence[dict[str, Any]], first_tokens: int) -> tuple[BatchAt, ...]:
+    """The batch of a warm-up at its beginning and from each doubling on.
+
+    A segment that went back in time takes its later doublings with it.
+    """
+    found = [BatchAt(tokens=0, batch_tokens=first_tokens)]
     for event in events:
         tokens, batch = event.get("tokens"), event.get("batch_tokens")
         if event.get("kind") == "batch" and isinstance(tokens, int) and isinstance(batch, int):
-            found = [one for one in found if one.tokens < tokens]
+            found = [one for one in found if one.tokens < tokens or one.tokens == 0]
             found.append(BatchAt(tokens=tokens, batch_tokens=batch))
     return tuple(found)
 

@@ -19,7 +19,7 @@ _ASCII = str.maketrans(
     {
         **dict(zip("━╸─│┃╭╮╰╯", "=--|!++++", strict=True)),
         **dict(zip(SPARKS, "_.:-=+*#@"[:8], strict=True)),
-        **dict(zip("±·–…", "~--~", strict=True)),
+        **dict(zip("±·–…≥", "~--~>", strict=True)),
         **{chr(0x2800 + bits): " .::+++##"[bits.bit_count()] for bits in range(256)},
     }
 )

@@ -115,6 +115,50 @@ def _sum(*parts: float | None) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseNow:
+    """The gradient noise scale of the last window that told something."""
+
+    at_tokens: int
+    """Trained by its end."""
+    tokens: float | None
+    low_tokens: float | None = None
+    """Of the 95 % interval."""
+    high_tokens: float | None = None
+    at_least_tokens: float | None = None
+    """Where there is no number."""
+    why: str | None = None
+    """Why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalBatch:
+    """What batch.json says of a rung."""
+
+    tokens: float
+    low_tokens: float
+    high_tokens: float
+    basis: str
+    """measured, forecast, bound or prior."""
+    calibration: str
+    """uncalibrated, sweep or branch."""
+    advised_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNow:
+    """The batch it trains with at this moment, and how large it might be."""
+
+    tokens: int
+    full_tokens: int
+    step: int
+    """Which of the sizes of a batch warm-up, from 1; the last one is the full batch."""
+    n_steps: int
+    """1 without a warm-up."""
+    noise: NoiseNow | None
+    critical: CriticalBatch | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunNow:
     """The run in focus."""
 
@@ -147,8 +191,10 @@ class RunNow:
     law: LawWord
     speed: Speed
     batch_tokens: int | None
+    """Of one step; during a batch warm-up several updates share it."""
     noise_scale_tokens: float | None
     """None until it is measured."""
+    batch: BatchNow | None
     vram_bytes: int | None
     """Peak that the trainer allocated on its main rank's card."""
     cost: Cost

@@ -8,7 +8,7 @@ from rich.text import Text
 from homelab_scaling.watch import words
 from homelab_scaling.watch.ahead import duration
 from homelab_scaling.watch.bars import Part, Series, bar, binned, chart, cut, fit, padded, part, spark
-from homelab_scaling.watch.frame import ACTIVE, Cost, Frame, Point, RunNow, RunState, Span
+from homelab_scaling.watch.frame import ACTIVE, BatchNow, Cost, Frame, Point, RunNow, RunState, Span
 
 STATE_STYLE: dict[RunState, str] = {
     "queued": "dim",
@@ -26,6 +26,7 @@ STATE_STYLE: dict[RunState, str] = {
 }
 LAW_STYLE = {"on the law": "green", "above the law": "bold red", "below the law": "bold yellow"}
 MIN_SPARK = 12
+SPEED_RANK, BATCH_RANK = 4, 7
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,12 @@ def run_title(frame: Frame) -> Text:
     return title
 
 
-def run_lines(frame: Frame, width: int, *, with_spark: bool = True) -> list[Line]:
+def run_lines(frame: Frame, width: int, *, with_spark: bool = True, most: int = 9) -> list[Line]:
     """Everything about the run, for a box of this inner width.
 
     Args:
         with_spark: whether the loss gets a sparkline (a chart says it better).
+        most: how many of them there is room for.
     """
     run = frame.run
     if run is None:
@@ -60,7 +62,7 @@ def run_lines(frame: Frame, width: int, *, with_spark: bool = True) -> list[Line
         Line(1, _progress(run, width)),
         Line(2, _time(frame, run, width)),
         Line(3, _loss(run, width, with_spark)),
-        Line(4, _speed(run, width)),
+        Line(SPEED_RANK, _speed(run, width)),
         Line(5, _cost(frame, run, width)),
         Line(6, _place(frame, run, width)),
     ]
@@ -71,6 +73,10 @@ def run_lines(frame: Frame, width: int, *, with_spark: bool = True) -> list[Line
         )
     if run.law.verdict in ("above the law", "below the law"):
         lines.append(Line(6, cut(Text(run.law.sentence, LAW_STYLE[run.law.verdict]), width)))
+    batch = _batch(run, width)
+    if batch is not None and len([line for line in lines if line.rank <= BATCH_RANK]) < most:
+        at = next(i for i, line in enumerate(lines) if line.rank == SPEED_RANK)
+        lines[at : at + 1] = [Line(SPEED_RANK, _speed(run, width, with_batch=False)), Line(BATCH_RANK, batch)]
     return lines
 
 
@@ -213,7 +219,7 @@ def loss_range(run: RunNow) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _speed(run: RunNow, width: int) -> Text:
+def _speed(run: RunNow, width: int, *, with_batch: bool = True) -> Text:
     speed = run.speed
     rate = speed.tokens_per_s
     mfu = (
@@ -223,7 +229,8 @@ def _speed(run: RunNow, width: int) -> Text:
         if speed.mfu_why
         else part(1, "MFU unknown")
     )
-    noise, batch = run.noise_scale_tokens, run.batch_tokens
+    noise = run.noise_scale_tokens if with_batch else None
+    batch = run.batch_tokens if with_batch else None
     return fit(
         [
             part(5, [(words.whole(rate), "bold"), " tokens/s"], [(words.whole(rate), "bold"), " tok/s"])
@@ -242,6 +249,66 @@ def _speed(run: RunNow, width: int) -> Text:
             None if run.lr is None else part(0, f"lr {run.lr:.2g}"),
         ],
         width,
+    )
+
+
+def _batch(run: RunNow, width: int) -> Text | None:
+    """Batch, noise scale and critical batch; None where nothing is known but the batch."""
+    batch = run.batch
+    if batch is None or (batch.noise is None and batch.critical is None and batch.n_steps == 1):
+        return None
+    return fit([_batch_now(batch), _noise(batch), _critical(batch)], width)
+
+
+def _batch_now(batch: BatchNow) -> Part:
+    if batch.n_steps == 1:
+        return part(4, f"batch {words.count(batch.tokens)} tokens", f"batch {words.tokens(batch.tokens)}")
+    warm = "" if batch.step == batch.n_steps else f", warming up to {words.tokens(batch.full_tokens)}"
+    step = f"{batch.step} of {batch.n_steps}"
+    return part(
+        4,
+        f"batch {words.count(batch.tokens)} tokens (size {step}{warm})",
+        f"batch {words.tokens(batch.tokens)} (size {step})",
+        f"batch {words.tokens(batch.tokens)} ({step})",
+    )
+
+
+def _noise(batch: BatchNow) -> Part:
+    noise = batch.noise
+    if noise is None:
+        return part(1, "noise scale not measured yet")
+    if noise.tokens is None:
+        least = words.tokens(noise.at_least_tokens or 0.0)
+        return part(3, f"noise scale at least {least}", f"noise ≥ {least}")
+    said = words.tokens(noise.tokens)
+    ends = ""
+    if noise.low_tokens is not None and noise.high_tokens is not None:
+        ends = f" [{words.tokens(noise.low_tokens)}, {words.tokens(noise.high_tokens)}]"
+    return part(
+        3,
+        ["noise scale ", (said, "bold"), ends, f" at {words.tokens(noise.at_tokens)}"],
+        ["noise scale ", (said, "bold"), ends],
+        ["noise ", (said, "bold")],
+    )
+
+
+def _critical(batch: BatchNow) -> Part | None:
+    """B_crit and what the present batch costs by it."""
+    critical = batch.critical
+    if critical is None:
+        return None
+    about = "at least " * (critical.basis == "bound")
+    said = words.tokens(critical.tokens)
+    ends = "" if about else f" [{words.tokens(critical.low_tokens)}, {words.tokens(critical.high_tokens)}]"
+    doubt = "uncalibrated" if critical.calibration == "uncalibrated" else f"by {critical.calibration}"
+    ground = "" if critical.basis in ("measured", "bound") else f"{critical.basis}, "
+    cost = f"{'at most ' * bool(about)}{words.percent(batch.tokens / critical.tokens)} more tokens than a small batch"
+    return part(
+        2,
+        f"B_crit {about}{said}{ends} ({ground}{doubt}): {cost}",
+        f"B_crit {about}{said}{ends} ({ground}{doubt})",
+        f"B_crit {about}{said} ({doubt})",
+        f"B_crit {'≥ ' * bool(about)}{said}",
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from homelab_scaling.watch.frame import Held, Point
+from homelab_scaling.watch.frame import Held, NoiseNow, Point
 
 MAX_POINTS = 600
 MAX_RATES = 20_000
@@ -49,6 +49,8 @@ class RunLog:
         self.lr: float | None = None
         self.phase: str | None = None
         self.noise_scale_tokens: float | None = None
+        self.noise: NoiseNow | None = None
+        """Of the last window that gave a number or a bound."""
         self._points: list[_Bin] = []
         self._per_bin = 1
 
@@ -61,6 +63,8 @@ class RunLog:
                 self._step(line, loss, tokens)
             elif kind == "rate":
                 self._rate(line)
+            elif kind == "noise" and tokens is not None:
+                self._noise(line, int(tokens))
             elif kind == "val" and loss is not None and tokens is not None:
                 self.held.append(line)
 
@@ -98,6 +102,19 @@ class RunLog:
         if len(self._points) > MAX_POINTS:
             self._points = _halved(self._points)
             self._per_bin *= 2
+
+    def _noise(self, line: dict[str, Any], tokens: int) -> None:
+        value, least = number(line.get("noise_scale_tokens")), number(line.get("noise_at_least_tokens"))
+        if value is None and least is None:
+            return
+        self.noise = NoiseNow(
+            at_tokens=tokens,
+            tokens=value,
+            low_tokens=number(line.get("noise_low_tokens")),
+            high_tokens=number(line.get("noise_high_tokens")),
+            at_least_tokens=least,
+            why=str(line["why"]) if line.get("why") else None,
+        )
 
     def _rate(self, line: dict[str, Any]) -> None:
         seconds, tokens, update = (

@@ -12,7 +12,19 @@ from homelab_scaling.watch.ahead import time_left
 from homelab_scaling.watch.costs import cost_of_record, cost_so_far
 from homelab_scaling.watch.energy import WallModel
 from homelab_scaling.watch.feed import Feed, Look, event_s
-from homelab_scaling.watch.frame import ACTIVE, Cost, LawWord, Moment, Rung, RunNow, RunState, Span, Speed
+from homelab_scaling.watch.frame import (
+    ACTIVE,
+    BatchNow,
+    Cost,
+    CriticalBatch,
+    LawWord,
+    Moment,
+    Rung,
+    RunNow,
+    RunState,
+    Span,
+    Speed,
+)
 from homelab_scaling.watch.runlog import Rate, RunLog
 
 QUIET_S, QUIET_INTERVALS = 180.0, 20.0
@@ -237,8 +249,12 @@ class RunEye:
         share = tokens / (self.n_updates * batch)
         return Span(low=planned * share / 2, mid=planned * share, high=planned * share * 2), None
 
-    def now(self, law: LawWord, wall: WallModel) -> RunNow | None:
-        """The run in focus; None where there is nothing to say of it."""
+    def now(self, law: LawWord, wall: WallModel, critical: CriticalBatch | None = None) -> RunNow | None:
+        """The run in focus; None where there is nothing to say of it.
+
+        Args:
+            critical: what is known of its rung's critical batch.
+        """
         spec, seen, log = self.spec, self.seen, self.log
         if seen is None or (spec is None and not self.is_foreign):
             return None
@@ -275,6 +291,7 @@ class RunEye:
             speed=self._speed(),
             batch_tokens=batch,
             noise_scale_tokens=log.noise_scale_tokens,
+            batch=self._batch(critical),
             vram_bytes=max((r.vram_bytes for r in log.rates if r.vram_bytes is not None), default=None),
             cost=self.cost(wall),
             device=str(machine.get("device")) if isinstance(machine, dict) and machine.get("device") else None,
@@ -283,6 +300,23 @@ class RunEye:
             saved_s=seen.saved_s,
             paused_s=self._waited(),
             paced_s=(log.rates[-1].slept_s if log.rates else 0.0) or None,
+        )
+
+    def _batch(self, critical: CriticalBatch | None) -> BatchNow | None:
+        """The present batch: of a warm-up, the one that the last doubling left."""
+        if self.spec is None:
+            return None
+        science = self.spec.science
+        full = now = science.batch_tokens_global
+        n_steps = 1
+        if science.batch_warmup is not None:
+            now = first = science.batch_warmup.from_tokens
+            n_steps = (full // first).bit_length()
+            sizes = [e.get("batch_tokens") for e in (self.seen.events if self.seen else ()) if e.get("kind") == "batch"]
+            now = next((size for size in reversed(sizes) if isinstance(size, int) and first <= size <= full), first)
+        step = n_steps + 1 - (full // now).bit_length()
+        return BatchNow(
+            tokens=now, full_tokens=full, step=step, n_steps=n_steps, noise=self.log.noise, critical=critical
         )
 
     def _reason(self) -> str | None:

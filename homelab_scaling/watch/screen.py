@@ -179,7 +179,7 @@ def _inner(width: int, sizes: Sizes) -> int:
 def _run_box(frame: Frame, width: int, sizes: Sizes) -> list[Text]:
     inner = _inner(width, sizes)
     with_chart = sizes.chart > 0 and frame.run is not None and len(frame.run.curve) > 1
-    lines = run_lines(frame, inner, with_spark=not with_chart)
+    lines = run_lines(frame, inner, with_spark=not with_chart, most=sizes.run)
     kept = sorted(sorted(range(len(lines)), key=lambda i: (lines[i].rank, i))[: sizes.run])
     shown = [lines[i].text for i in kept]
     if with_chart and frame.run is not None:

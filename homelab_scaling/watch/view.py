@@ -8,7 +8,7 @@ from homelab_scaling.errors import SpecError
 from homelab_scaling.specs import Money
 from homelab_scaling.watch.costs import together
 from homelab_scaling.watch.feed import Cached, Feed, FolderFeed
-from homelab_scaling.watch.frame import ACTIVE, Cost, Frame, LadderNow, Rung, Span
+from homelab_scaling.watch.frame import ACTIVE, Cost, CriticalBatch, Frame, LadderNow, Rung, Span
 from homelab_scaling.watch.gpu import SensorSource
 from homelab_scaling.watch.lawview import LawEye
 from homelab_scaling.watch.machineview import N_MOMENTS, LiveMachine, Machine
@@ -135,6 +135,7 @@ class LadderEye:
         self.runs: list[RunEye] = [RunEye(feed) for feed in feeds or ()]
         self.law = LawEye(path)
         self.plan = Cached(path / "plan.json")
+        self.advice = Cached(path / "batch.json")
         self._fixed = feeds is not None
         self._order: dict[str, int] = {}
 
@@ -160,6 +161,22 @@ class LadderEye:
         for run in self.runs:
             run.look(now_s)
         self.runs.sort(key=lambda run: (self._order.get(run.run_id, len(self._order)), run.n_params or 0, run.run_id))
+
+    def critical(self, rung: str) -> CriticalBatch | None:
+        """What batch.json says of a rung; None where nothing, or nothing that was measured."""
+        advice = self.advice.read() or {}
+        try:
+            (found,) = (one for one in advice["rungs"] if one["rung"] == rung and one["basis"] != "prior")
+            return CriticalBatch(
+                tokens=float(found["b_crit"]["value"]),
+                low_tokens=float(found["b_crit"]["low"]),
+                high_tokens=float(found["b_crit"]["high"]),
+                basis=str(found["basis"]),
+                calibration=str(advice["calibration"]["method"]),
+                advised_tokens=int(found["batch_tokens"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def note_pids(self, pids: dict[str, tuple[int, ...]]) -> None:
         """More processes that may be the runs' own."""
@@ -194,11 +211,10 @@ def make_frame(now_s: float, lab: Path, ladder: LadderEye | None, machine: Machi
     run = ladder.focus(wanted)
     costs = {one.run_id: one.cost(machine.wall) for one in ladder.runs if one.state != "queued"}
     law = ladder.law.judge(run, ladder.runs) if run is not None else NOT_JUDGED
-    shown = run.now(law, machine.wall) if run is not None else None
+    shown = run.now(law, machine.wall, ladder.critical(run.rung)) if run is not None else None
     rungs = tuple(one.line(costs.get(one.run_id)) for one in ladder.runs)
     notes = [f"{one.run_id}: {problem}" for one in ladder.runs if one.seen for problem in one.seen.problems]
-    if ladder.plan.problem:
-        notes.insert(0, ladder.plan.problem)
+    notes = [problem for problem in (ladder.plan.problem, ladder.advice.problem) if problem] + notes
     dog = machine.watchdog
     moments = sorted([*dog.moments, *(moment for one in ladder.runs for moment in one.moments())], key=lambda m: m.t_s)
     return Frame(

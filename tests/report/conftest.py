@@ -9,7 +9,17 @@ import pytest
 from homelab_scaling import codec
 from homelab_scaling.plan.counting import count_params, flops_per_token
 from homelab_scaling.runs import Machine, Row, RunRecord
-from homelab_scaling.specs import ExecutionSpec, ModelShape, Money, Optim, RunSpec, Schedule, ScienceSpec, make_run_id
+from homelab_scaling.specs import (
+    BatchWarmup,
+    ExecutionSpec,
+    ModelShape,
+    Money,
+    Optim,
+    RunSpec,
+    Schedule,
+    ScienceSpec,
+    make_run_id,
+)
 
 SHAPES = {"67k": (2, 24, 2), "127k": (2, 40, 2), "289k": (3, 64, 2), "545k": (3, 96, 3), "1072k": (4, 128, 4)}
 BIG_SHAPES = {"5M": (6, 256, 4), "26M": (8, 512, 8), "101M": (12, 832, 8)}
@@ -32,12 +42,13 @@ def planted(n: float, d: float) -> float:
 
 
 class Synthetic:
-    """Writes run folders under `lab`; `horizons` and `batch` may be changed between runs."""
+    """Writes run folders under `lab`; `horizons`, `batch` and `batch_warmup` may be changed between runs."""
 
     def __init__(self, lab: Path, seed: int = 0) -> None:
         self.lab = lab
         self.horizons = HORIZONS
         self.batch = BATCH
+        self.batch_warmup: BatchWarmup | None = None
         self.rng = np.random.default_rng(seed)
 
     def spec(self, rung: str, seed: int = 0) -> RunSpec:
@@ -61,6 +72,7 @@ class Synthetic:
             precision="fp32",
             seed=seed,
             val_tokens=131_072,
+            batch_warmup=self.batch_warmup,
         )
         return RunSpec(
             run_id=make_run_id(rung, science),

@@ -16,6 +16,7 @@ from homelab_scaling.report.document import inline, to_markdown
 from homelab_scaling.report.figures import FIGURES, NoPicture, _draw
 from homelab_scaling.report.noise import batch_events, noise_lines
 from homelab_scaling.report.story import tell
+from homelab_scaling.specs import BatchWarmup
 
 SHAPES = {"67k": (2, 24, 2), "127k": (2, 40, 2), "289k": (3, 64, 2)}
 BATCH_FIGURES = [kind for kind in FIGURES if kind.section == "batch"]
@@ -103,15 +104,23 @@ def test_lines_that_say_nothing_are_passed_over():
 
 
 def test_a_resumed_warm_up_is_told_once():
-    events = [
-        {"kind": "batch", "tokens": t, "batch_tokens": b} for t, b in ((0, 256), (100, 512), (90, 512), (200, 1024))
-    ]
-    assert [(e.tokens, e.batch_tokens) for e in batch_events(events)] == [(0, 256), (90, 512), (200, 1024)]
+    events = [{"kind": "batch", "tokens": t, "batch_tokens": b} for t, b in ((100, 512), (90, 512), (200, 1024))]
+    assert [(e.tokens, e.batch_tokens) for e in batch_events(events, 256)] == [(0, 256), (90, 512), (200, 1024)]
+
+
+def test_a_warm_up_is_told_and_drawn(synthetic):
+    synthetic.batch_warmup = BatchWarmup(from_tokens=1024)
+    synthetic.run("127k")
+    assert told(synthetic.lab) == "# t\n"
+    add_noise(synthetic.lab, "127k")
+    wanted = "the batch was warmed up: 1,024 from 0 tokens on, 2,048 from 150k tokens on and 4,096 from 600k tokens on"
+    assert wanted in told(synthetic.lab)
+    assert "noise_against_progress" in drawn(synthetic.lab)
 
 
 def test_advice_with_a_sweep(trained):
     found = make_advice(SHAPES, trained)
-    add_noise(trained, "289k", warmed_up=True)
+    add_noise(trained, "289k")
     text = told(trained)
     _, rows = grid(text, ("rung", "batch", "seqs"))
     for row, one in zip(rows, found.rungs, strict=True):
@@ -129,7 +138,6 @@ def test_advice_with_a_sweep(trained):
     assert f"{taken.seconds / fastest.seconds:.2g} x the time" in by["fastest"][-1]
     assert by["fewest tokens"][1] == "128"
     assert "S_min 130 [" in text and "the hyperbola is not contradicted" in text
-    assert "the batch was warmed up: 1,024 from 0 tokens on" in text
     assert "foretold" in text
     assert drawn(trained) == {
         "noise_against_progress",

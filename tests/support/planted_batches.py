@@ -233,15 +233,16 @@ def make_advice(
     return found
 
 
-def add_noise(lab: Path, rung: str, *, warmed_up: bool = False) -> None:
-    """Noise lines (and the events of a batch warm-up) for every run of a rung."""
+def add_noise(lab: Path, rung: str) -> None:
+    """Noise lines for every run of a rung, and the doublings of its batch where that warms up."""
     for path in sorted((lab / "runs").glob(f"{rung}-*")):
         spec = codec.read_json(path / "spec.json", RunSpec)
         codec.append_jsonl(path / "metrics.jsonl", noise_lines(spec))
-        if warmed_up:
-            full, horizon = spec.science.batch_tokens_global, spec.science.horizons_tokens[-1]
-            events = [
-                {"kind": "batch", "tokens": tokens, "batch_tokens": batch}
-                for tokens, batch in ((0, full // 4), (horizon // 20, full // 2), (horizon // 5, full))
-            ]
-            codec.append_jsonl(path / "events.jsonl", events)
+        if spec.science.batch_warmup is None:
+            continue
+        batch, tokens, events = spec.science.batch_warmup.from_tokens, spec.science.horizons_tokens[-1] // 20, []
+        while batch < spec.science.batch_tokens_global:
+            batch *= 2
+            events.append({"kind": "batch", "update": 1, "step": 1, "tokens": tokens, "batch_tokens": batch})
+            tokens *= 4
+        codec.append_jsonl(path / "events.jsonl", events)
