@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,12 +147,17 @@ def _train_and_die(spec_path: str, update: int) -> None:
 
 def kill_at(folder: RunFolder, update: int) -> None:
     """Trains in a process of its own until it is killed after `update`."""
+    assert in_own_process(_train_and_die, str(folder.spec), update) == -signal.SIGKILL
+
+
+def in_own_process(target: Callable[..., None], *args: Any) -> int | None:
+    """The exit code of a process that calls `target(*args)`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["homelab_scaling.train.loop"])
-    process = context.Process(target=_train_and_die, args=(str(folder.spec), update))
+    process = context.Process(target=target, args=args)
     process.start()
     process.join(timeout=120)
-    assert process.exitcode == -signal.SIGKILL
+    return process.exitcode
 
 
 class StopAt(Hooks):
