@@ -21,7 +21,7 @@ from homelab_scaling import cli, codec  # noqa: E402
 from homelab_scaling.errors import HomelabError, RunFailed, Stopped, StoppedByWatchdog, UserError  # noqa: E402
 from homelab_scaling.runs import RunFolder  # noqa: E402
 from homelab_scaling.specs import RunSpec  # noqa: E402
-from homelab_scaling.sweep.local import RECORD_TELLS  # noqa: E402
+from homelab_scaling.sweep.recipe import RECORD_TELLS  # noqa: E402
 from homelab_scaling.train.oom_notes import NoRoom, OutOfMemory, keep_smaller  # noqa: E402
 
 TOGETHER = (Stopped, StoppedByWatchdog, RunFailed)

@@ -4,6 +4,7 @@ Where the ladder gives no batch, the gradient noise scale of each rung is measur
 """
 
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,6 +17,7 @@ from homelab_scaling.errors import DataError, Stopped, StoppedByWatchdog
 if TYPE_CHECKING:
     from homelab_scaling.specs import RunSpec
     from homelab_scaling.sweep.batches import Batches
+    from homelab_scaling.sweep.limits import Limits
     from homelab_scaling.sweep.local import Outcome
     from homelab_scaling.sweep.prepare import Experiment
 
@@ -34,6 +36,16 @@ class Args:
     """Where curves go."""
     compile: Literal["auto", "on", "off"] | None = None
     """torch.compile, when not as the ladder says."""
+    gpus: str | None = None
+    """Which GPUs, as nvidia-smi counts them: `0,1`; all of them when not given."""
+    slots: int = 1
+    """Without a GPU: how many runs share the CPU at a time."""
+    max_hours: float | None = None
+    """Stop cleanly after so many hours; the same command goes on."""
+    until: str | None = None
+    """Stop cleanly at a time of day, such as 07:00; the same command goes on."""
+    max_usd: float | None = None
+    """Stop cleanly when the whole ladder has cost so much, by its [money] table."""
     json: bool = False
     """Print how it ended as one JSON document."""
 
@@ -41,8 +53,12 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.plan.show import budget_line, measuring_notes
     from homelab_scaling.sweep.batches import Batches
+    from homelab_scaling.sweep.limits import make_limits
     from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, open_experiment, write_specs
+    from homelab_scaling.sweep.where import use_gpus
 
+    use_gpus(args.gpus)
+    limits = make_limits(max_hours=args.max_hours, until=args.until, max_usd=args.max_usd, now_s=time.time())
     experiment = open_experiment(args.ladder, args.lab)
     with experiment.lock():
         _say(budget_line(Batches(experiment, existing_corpus(experiment)).planned()))
@@ -54,12 +70,12 @@ def main(args: Args) -> int:
             runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
             _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
             return 0
-        outcome = _train(args, batches)
+        outcome = _train(args, batches, limits)
         report = _wrap_up(experiment)
     return _end(args, experiment, outcome, report)
 
 
-def _train(args: Args, batches: "Batches") -> "Outcome":
+def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
     """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
     from homelab_scaling.sweep import local
     from homelab_scaling.sweep.prepare import write_specs
@@ -68,7 +84,10 @@ def _train(args: Args, batches: "Batches") -> "Outcome":
     try:
         for rungs in batches.in_turn(_say):
             runs = write_specs(batches.planned(), batches.experiment, lambda spec: _with_flags(spec, args), rungs)
-            outcome = outcome.then(local.run_all(runs, batches.experiment.box, _say))
+            experiment = batches.experiment
+            table = experiment.ladder.train
+            ended = local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
+            outcome = outcome.then(ended)
             if outcome.stopped:
                 break
     except Stopped:
@@ -108,6 +127,8 @@ def _wrap_up(experiment: "Experiment") -> Path | None:
 def _end(args: Args, experiment: "Experiment", outcome: "Outcome", report: Path | None) -> int:
     if outcome.watchdog:
         _say(f"{outcome.watchdog}\nrun the same command again when the card is well, to go on")
+    elif outcome.limit:
+        _say(f"stopped: {outcome.limit}; run the same command again to go on")
     elif outcome.stopped:
         _say("stopped; run the same command again to go on")
     for run_id, reason in outcome.failed.items():

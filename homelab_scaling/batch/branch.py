@@ -29,7 +29,7 @@ from homelab_scaling.plan.cost import GPU_START_S, VALIDATION_COST_FRAC
 from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec, Schedule, make_run_id
-from homelab_scaling.sweep.local import run_recipe
+from homelab_scaling.sweep.recipe import run_recipe
 from homelab_scaling.train.schedule import lr_at, phases
 
 SMALLEST_FRAC = 1 / 4

@@ -20,7 +20,7 @@ from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunRecord
 from homelab_scaling.specs import CorpusManifest, RunSpec, ShardFile, Split
-from homelab_scaling.sweep.local import run_recipe
+from homelab_scaling.sweep.recipe import run_recipe
 from homelab_scaling.watch import link
 
 MAX_HALVINGS = 16

@@ -8,7 +8,7 @@ from homelab_scaling import codec
 from homelab_scaling.errors import SpecError
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import ModelShape, RunSpec, make_run_id
-from homelab_scaling.sweep.local import launch_command
+from homelab_scaling.sweep.launch import launch_command
 from homelab_scaling.sweep.prepare import ensure_corpus, make_plan, open_experiment
 
 ENDLESS_STEPS = 100_000_000

@@ -12,7 +12,7 @@ from homelab_scaling import codec
 from homelab_scaling.box import detect_box
 from homelab_scaling.runs import RunFolder, RunRecord
 from homelab_scaling.specs import RunSpec, WatchLimits
-from homelab_scaling.sweep import local
+from homelab_scaling.sweep import launch, local, recipe
 from homelab_scaling.train import oom_notes
 from homelab_scaling.watch.link import Ended, MachineFolder
 
@@ -21,7 +21,7 @@ from homelab_scaling.watch.link import Ended, MachineFolder
 def run(tmp_path: Path, monkeypatch) -> tuple[RunSpec, RunFolder]:
     """A run folder of a machine whose watchdog's files are in tmp_path/machine."""
     monkeypatch.setenv("HOMELAB_MACHINE", str(tmp_path / "machine"))
-    monkeypatch.setattr(local, "start_watchdog", lambda lab: None)
+    monkeypatch.setattr(recipe, "start_watchdog", lambda lab: None)
     return make_toy_run(tmp_path, write_shards(tmp_path / "shards"), horizons=(20,))
 
 
@@ -44,7 +44,7 @@ def launches(monkeypatch, *scripts) -> list[RunSpec]:
         queue.pop(0)()
         return [sys.executable, "-c", "raise SystemExit(1)"]
 
-    monkeypatch.setattr(local, "launch_command", command)
+    monkeypatch.setattr(launch, "launch_command", command)
     return launched
 
 
@@ -72,7 +72,8 @@ def test_a_run_that_the_watchdog_had_to_end_is_recorded_as_such(run, finished, m
 
 def test_an_old_word_of_the_watchdog_does_not_count(run, finished, monkeypatch) -> None:
     say_ended(run, -60)
-    launches(monkeypatch, lambda: codec.write_json(run[1].record, replace(finished, status="running", rows=())))
+    died = lambda: codec.write_json(run[1].record, replace(finished, status="running", rows=()))  # noqa: E731
+    launches(monkeypatch, died, died)
     outcome = local.run_all([run], detect_box(), print)
     assert outcome.exit_code == 1 and "the trainer died" in outcome.failed[run[0].run_id]
 
@@ -107,7 +108,7 @@ def test_the_watchdog_is_started_first_where_there_is_something_to_watch(run, fi
     spec, folder = run
     codec.write_json(folder.record, finished)
     order: list[str] = []
-    monkeypatch.setattr(local, "start_watchdog", lambda lab: order.append(str(lab)))
+    monkeypatch.setattr(recipe, "start_watchdog", lambda lab: order.append(str(lab)))
     local.run_all([run], detect_box(), order.append)
     assert order[0] == str(folder.path.parents[2]) and "before" in order[1]
     monkeypatch.delenv("HOMELAB_MACHINE")
@@ -121,7 +122,7 @@ def test_the_watchdog_is_started_first_where_there_is_something_to_watch(run, fi
         raise OSError("no more processes")
 
     monkeypatch.setenv("HOMELAB_MACHINE", "x")
-    monkeypatch.setattr(local, "start_watchdog", fails)
+    monkeypatch.setattr(recipe, "start_watchdog", fails)
     order.clear()
     assert local.run_all([run], detect_box(), order.append).exit_code == 0
     assert "nothing guards the cards" in order[0]

@@ -14,7 +14,7 @@ from homelab_scaling import codec
 from homelab_scaling.box import detect_box
 from homelab_scaling.errors import Stopped, StoppedByWatchdog
 from homelab_scaling.specs import WatchLimits
-from homelab_scaling.sweep import local
+from homelab_scaling.sweep import launch, local
 from homelab_scaling.train import obey, orders
 from homelab_scaling.train.hooks import Hooks
 
@@ -269,9 +269,9 @@ def test_two_ranks_obey_at_the_same_step_and_the_ladder_ends_with_3(tmp_path: Pa
     spec, folder = make_toy_run(
         tmp_path, manifest, lab="two", horizons=horizons, n_processes=2, microbatch_seqs_per_rank=4
     )
-    command = local.launch_command
+    command = launch.launch_command
     monkeypatch.setattr(
-        local, "launch_command", lambda *a: [str(RECIPE) if x.endswith("pretrain.py") else x for x in command(*a)]
+        launch, "launch_command", lambda *a: [str(RECIPE) if x.endswith("pretrain.py") else x for x in command(*a)]
     )
     watchdog.order("slow", duty=0.5)
     script = [("pause", 20), ("ok", 20), ("stop", 60)]

@@ -11,7 +11,7 @@ from homelab_scaling import codec
 from homelab_scaling.box import detect_box
 from homelab_scaling.errors import RunFailed, Stopped
 from homelab_scaling.runs import RunFolder
-from homelab_scaling.sweep import local
+from homelab_scaling.sweep import launch, local
 from homelab_scaling.train.evaluate import Evaluator
 from homelab_scaling.train.model import LanguageModel
 from homelab_scaling.train.oom_notes import OutOfMemory, keep_smaller, smaller
@@ -149,12 +149,12 @@ def test_two_ranks_end_together_and_are_launched_again(tmp_path: Path, monkeypat
     spec, alone = make_toy_run(tmp_path, manifest, lab="one")
     train_here(spec, alone)
     spec, folder = make_toy_run(tmp_path, manifest, lab="two", n_processes=2, microbatch_seqs_per_rank=4)
-    command = local.launch_command
+    command = launch.launch_command
 
     def with_small_card(*args):
         return [str(RECIPE) if part.endswith("pretrain.py") else part for part in command(*args)]
 
-    monkeypatch.setattr(local, "launch_command", with_small_card)
+    monkeypatch.setattr(launch, "launch_command", with_small_card)
     for key, value in {"SHORT_RANK": rank, "SHORT_FITS": 2, "SHORT_AT_CALL": 9}.items():
         monkeypatch.setenv(key, str(value))
     said: list[str] = []

@@ -1,0 +1,246 @@
+"""How a run would be executed on one GPU and on several: micro-batch, seconds, or why it does not fit.
+
+Ranks are an execution setting: the plan proposes them, the schedule decides, and they may change between launches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from homelab_scaling.box import Box
+from homelab_scaling.errors import SpecError
+from homelab_scaling.ladder import TrainTable
+from homelab_scaling.plan import cost, memory
+from homelab_scaling.plan.cost import MeasuredRate, Rate
+from homelab_scaling.plan.counting import flops_per_token
+from homelab_scaling.plan.rules import tokens_trained
+from homelab_scaling.runs import RunFolder
+from homelab_scaling.specs import ModelShape, OptimizerName, RunSpec
+from homelab_scaling.sweep.slots import Job, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placer:
+    """What decides how a run is executed on so many slots."""
+
+    box: Box
+    """As far as the slots reach."""
+    n_slots: int
+    train: TrainTable | None = None
+    """The ladder's [train]; None keeps the ranks and the micro-batch that each spec has."""
+    measured: Sequence[MeasuredRate] = ()
+
+    def widths(self, spec: RunSpec) -> tuple[int, ...]:
+        """Numbers of slots that this run may have, as far as its batch divides; a CPU slot holds all its ranks."""
+        own = spec.execution.n_processes
+        if not self.box.on_gpu:
+            return (1,)
+        if self.train is None or self.train.processes is not None:
+            return (own,)
+        batch = spec.science.batch_seqs_global
+        widths = tuple(k for k in range(1, self.n_slots + 1) if batch % k == 0)
+        return widths[-1:] if spec.execution.sharding != "none" else widths
+
+    def placed(self, spec: RunSpec, width: int) -> RunSpec | None:
+        """The run on so many slots, with the largest micro-batch that fits; None where not one sequence does."""
+        if not self.box.on_gpu or self.train is None:
+            return spec
+        per_rank = spec.science.batch_seqs_global // width
+        asked = self.train.microbatch_seqs_per_rank
+        if asked is not None and per_rank % asked == 0:
+            micro: int | None = asked
+        else:
+            micro = self._largest_microbatch(spec, width, per_rank)
+        if micro is None:
+            return None
+        placed = replace(spec.execution, n_processes=width, microbatch_seqs_per_rank=micro)
+        return replace(spec, execution=placed)
+
+    def _largest_microbatch(self, spec: RunSpec, width: int, per_rank: int) -> int | None:
+        science, execution = spec.science, spec.execution
+        return memory.largest_microbatch(
+            science.shape,
+            science.n_vocab,
+            seqs_per_rank=per_rank,
+            optimizer=science.optim.name,
+            n_processes=width,
+            precision=science.precision,
+            card_bytes=self.box.vram_bytes,
+            loss_path=None if execution.loss == "auto" else execution.loss,
+        )
+
+    def rate(self, spec: RunSpec) -> Rate | None:
+        """Tokens per second: measured on as many ranks, else the model scaled to what was measured on others."""
+        ranks = spec.execution.n_processes
+        modelled = self._modelled(spec)
+        by_ranks: dict[int, list[MeasuredRate]] = {}
+        for one in self.measured:
+            by_ranks.setdefault(one.n_processes, []).append(one)
+        own = self._modelled(spec, by_ranks.get(ranks, ()))
+        if modelled is None or own is None or own != modelled:
+            return own
+        for others, rates in sorted(by_ranks.items()):
+            there = self.placed(spec, others) if others in self.widths(spec) else None
+            if there is None or others == ranks:
+                continue
+            seen, model = self._modelled(there, rates), self._modelled(there)
+            if seen is not None and model is not None and seen != model:
+                scale = seen.tokens_per_s / model.tokens_per_s
+                return Rate(
+                    tokens_per_s=modelled.tokens_per_s * scale,
+                    basis=f"model scaled to what was measured on {others} rank{'s' * (others > 1)}",
+                )
+        return own
+
+    def _modelled(self, spec: RunSpec, measured: Sequence[MeasuredRate] = ()) -> Rate | None:
+        science, execution = spec.science, spec.execution
+        return cost.predict_rate(
+            science.shape,
+            science.n_vocab,
+            box=self.box,
+            n_processes=execution.n_processes,
+            microbatch_seqs=execution.microbatch_seqs_per_rank,
+            accumulation_steps=execution.accumulation_steps(science),
+            precision=science.precision,
+            activation_checkpointing=execution.activation_checkpointing,
+            sharding=execution.sharding,
+            measured=measured,
+        )
+
+    def seconds(self, spec: RunSpec) -> float | None:
+        """Predicted wall seconds of the whole run as its execution settings have it; None where no speed is known."""
+        rate = self.rate(spec)
+        if rate is None:
+            return None
+        n_trained, n_validated = work_of(spec)
+        return cost.run_seconds(rate, n_tokens_trained=n_trained, n_tokens_validated=n_validated, box=self.box)
+
+    def timed(self, spec: RunSpec, width: int) -> RunSpec | None:
+        """`placed`, with its predicted seconds where they are known."""
+        placed = self.placed(spec, width)
+        if placed is None or not self.box.on_gpu or self.train is None:
+            return placed
+        return replace(placed, execution=replace(placed.execution, predicted_s=self.seconds(placed)))
+
+    def jobs(self, runs: Sequence[tuple[RunSpec, float]]) -> tuple[list[Job], Unit]:
+        """What the scheduler places, in seconds; in FLOPs where the speed of one of them is unknown.
+
+        Args:
+            runs: each with the share of it that is still to be done.
+
+        Raises:
+            SpecError: a run fits no number of slots that there are.
+        """
+        places = {spec.run_id: self._places(spec) for spec, _ in runs}
+        times = {run_id: {k: self.seconds(spec) for k, spec in own.items()} for run_id, own in places.items()}
+        known = all(seconds is not None for own in times.values() for seconds in own.values())
+        jobs = []
+        for spec, left in runs:
+            amounts = {
+                k: left * (seconds if known and seconds is not None else flops_of(spec) / k)
+                for k, seconds in times[spec.run_id].items()
+            }
+            jobs.append(Job(run_id=spec.run_id, rung=spec.rung, seconds=amounts))
+        return jobs, "s" if known else "FLOPs"
+
+    def _places(self, spec: RunSpec) -> dict[int, RunSpec]:
+        widths = self.widths(spec)
+        within = [k for k in widths if k <= self.n_slots]
+        if not within:
+            raise SpecError(
+                f"rung {spec.rung}: it is to train on {min(widths, default=1)} GPUs at once, and {self.n_slots} can be "
+                "had; change train.processes or --gpus"
+            )
+        found = {k: placed for k in within if (placed := self.placed(spec, k)) is not None}
+        if not found:
+            raise SpecError(self.why_no_room(spec))
+        return found
+
+    # ------------------------------------------------------------------------------------------ what does not fit
+
+    def refuse_what_fits_nowhere(self, specs: Sequence[RunSpec]) -> None:
+        """Stops before anything starts, if a rung is too large for the cards.
+
+        Raises:
+            SpecError: which one, by how much, and what would fit.
+        """
+        for spec in specs:
+            if self.room_bytes is not None and self._need(spec) > self.room_bytes:
+                raise SpecError(self.why_no_room(spec))
+            self._places(spec)
+
+    @property
+    def room_bytes(self) -> float | None:
+        """What a run may take of a card; None on CPU."""
+        return None if self.box.vram_bytes is None else memory.CARD_SHARE * self.box.vram_bytes
+
+    def _need(
+        self,
+        spec: RunSpec,
+        *,
+        shape: ModelShape | None = None,
+        optimizer: OptimizerName | None = None,
+        checkpointing: bool | None = None,
+    ) -> int:
+        """Bytes of a card with one sequence a micro-batch, as the spec says or with these changes."""
+        science, execution = spec.science, spec.execution
+        shape = shape or science.shape
+        path = memory.choose_loss_path(shape.context_tokens, science.n_vocab, on_gpu=True)
+        return memory.predict_vram(
+            shape,
+            science.n_vocab,
+            optimizer=optimizer or science.optim.name,
+            microbatch_seqs=1,
+            n_processes=max(self.widths(spec)),
+            precision=science.precision,
+            loss_path=path if execution.loss == "auto" else execution.loss,
+            checkpointing=execution.activation_checkpointing if checkpointing is None else checkpointing,
+        ).total_bytes
+
+    def why_no_room(self, spec: RunSpec) -> str:
+        """Which rung, how much is missing, and what would fit."""
+        room, need = self.room_bytes, self._need(spec)
+        assert room is not None and self.box.vram_bytes is not None
+        shape = spec.science.shape
+        tries = {
+            "train.activation_checkpointing = true": self._need(spec, checkpointing=True),
+            'optim.name = "adamw8bit"': self._need(spec, optimizer="adamw8bit"),
+            "both of these": self._need(spec, checkpointing=True, optimizer="adamw8bit"),
+        }
+        for part in (2, 4, 8):
+            tokens = shape.context_tokens // part
+            tries[f"context_tokens = {tokens}"] = self._need(spec, shape=replace(shape, context_tokens=tokens))
+        fitting = [said for said, bytes_ in tries.items() if bytes_ <= room and bytes_ < need][:2]
+        remedy = f"{' or '.join(fitting)} would fit" if fitting else f"{self._largest_that_fits(spec)} would fit"
+        gib, over, card = need / 2**30, (need - room) / 2**30, self.box.vram_bytes / 2**30
+        return (
+            f"rung {spec.rung}: one sequence of {shape.context_tokens} tokens needs {gib:.1f} GiB, {over:.1f} GiB more "
+            f"than 90 % of a card's {card:.0f} GiB; {remedy}"
+        )
+
+    def _largest_that_fits(self, spec: RunSpec) -> str:
+        """The same shape with fewer layers; a larger card where not even one layer fits."""
+        shape = spec.science.shape
+        for n_layer in range(shape.n_layer - 1, 0, -1):
+            if self._need(spec, shape=replace(shape, n_layer=n_layer)) <= (self.room_bytes or 0.0):
+                return f"n_layer = {n_layer} instead of {shape.n_layer}"
+        return "only a larger card"
+
+
+def work_of(spec: RunSpec) -> tuple[int, int]:
+    """Tokens that a run trains, decays included, and tokens that it validates."""
+    science, every = spec.science, spec.execution.curve_every_tokens
+    trained = tokens_trained(science.horizons_tokens, science.batch_tokens_global, science.schedule.decay_frac)
+    curves = trained // every * spec.execution.curve_tokens if every else 0
+    return trained, len(science.horizons_tokens) * science.val_tokens + curves
+
+
+def flops_of(spec: RunSpec) -> float:
+    """Training FLOPs of the whole run."""
+    return work_of(spec)[0] * flops_per_token(spec.science.shape, spec.science.n_vocab)
+
+
+def lab_of_runs(runs: Sequence[tuple[RunSpec, RunFolder]]) -> Path:
+    """LAB/<ladder>, in whose runs/ the folders lie."""
+    parent = runs[0][1].path.resolve().parent
+    return parent.parent if parent.name == "runs" else parent

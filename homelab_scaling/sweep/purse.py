@@ -1,0 +1,33 @@
+"""What a ladder has cost so far: finished rows by their records, runs in progress by their meters."""
+
+from pathlib import Path
+
+from homelab_scaling.watch import link
+from homelab_scaling.watch.energy import read_wall_model
+from homelab_scaling.watch.view import LadderEye
+
+LOOK_EVERY_S = 10.0
+
+
+class Purse:
+    """Adds up energy and machine time over every run of LAB/<ladder>.
+
+    Args:
+        lab: LAB/<ladder>.
+        labs: the folder of labs.
+    """
+
+    def __init__(self, lab: Path, labs: Path) -> None:
+        self.labs = labs
+        self._eye = LadderEye(lab)
+        self._looked_s, self._usd = float("-inf"), 0.0
+
+    def spent(self, now_s: float) -> float:
+        """Dollars so far; looks at the files at most every ten seconds."""
+        if now_s - self._looked_s >= LOOK_EVERY_S:
+            self._looked_s = now_s
+            self._eye.list()
+            self._eye.look(now_s)
+            wall = read_wall_model(link.machine_folder(self.labs))
+            self._usd = sum(run.cost(wall).usd or 0.0 for run in self._eye.runs if run.state != "queued")
+        return self._usd
