@@ -230,7 +230,7 @@ def _speed(run: RunNow, width: int, *, with_batch: bool = True) -> Text:
         else part(1, "MFU unknown")
     )
     noise = run.noise_scale_tokens if with_batch else None
-    batch = run.batch_tokens if with_batch else None
+    batch = run.batch if with_batch else None
     return fit(
         [
             part(5, [(words.whole(rate), "bold"), " tokens/s"], [(words.whole(rate), "bold"), " tok/s"])
@@ -244,7 +244,7 @@ def _speed(run: RunNow, width: int, *, with_batch: bool = True) -> Text:
                 f"step {words.step(speed.step_p50_s)}, p99 {words.step(speed.step_p99_s)}",
                 f"step {words.step(speed.step_p50_s)}",
             ),
-            None if batch is None else part(2, f"batch {words.count(batch)} tokens", f"batch {words.tokens(batch)}"),
+            None if batch is None else _batch_now(batch, 2),
             None if noise is None else part(3, f"noise scale {words.tokens(noise)}", f"noise {words.tokens(noise)}"),
             None if run.lr is None else part(0, f"lr {run.lr:.2g}"),
         ],
@@ -257,20 +257,13 @@ def _batch(run: RunNow, width: int) -> Text | None:
     batch = run.batch
     if batch is None or (batch.noise is None and batch.critical is None and batch.n_steps == 1):
         return None
-    return fit([_batch_now(batch), _noise(batch), _critical(batch)], width)
+    return fit([_batch_now(batch, 2), _noise(batch), _critical(batch)], width)
 
 
-def _batch_now(batch: BatchNow) -> Part:
-    if batch.n_steps == 1:
-        return part(4, f"batch {words.count(batch.tokens)} tokens", f"batch {words.tokens(batch.tokens)}")
-    warm = "" if batch.step == batch.n_steps else f", warming up to {words.tokens(batch.full_tokens)}"
+def _batch_now(batch: BatchNow, keep: int) -> Part:
     step = f"{batch.step} of {batch.n_steps}"
-    return part(
-        4,
-        f"batch {words.count(batch.tokens)} tokens (size {step}{warm})",
-        f"batch {words.tokens(batch.tokens)} (size {step})",
-        f"batch {words.tokens(batch.tokens)} ({step})",
-    )
+    warm, short = (f" (size {step})", f" ({step})") if batch.n_steps > 1 else ("", "")
+    return part(keep, f"batch {words.count(batch.tokens)} tokens{warm}", f"batch {words.tokens(batch.tokens)}{short}")
 
 
 def _noise(batch: BatchNow) -> Part:
@@ -279,14 +272,13 @@ def _noise(batch: BatchNow) -> Part:
         return part(1, "noise scale not measured yet")
     if noise.tokens is None:
         least = words.tokens(noise.at_least_tokens or 0.0)
-        return part(3, f"noise scale at least {least}", f"noise ≥ {least}")
+        return part(4, f"noise scale at least {least}", f"noise ≥ {least}")
     said = words.tokens(noise.tokens)
     ends = ""
     if noise.low_tokens is not None and noise.high_tokens is not None:
         ends = f" [{words.tokens(noise.low_tokens)}, {words.tokens(noise.high_tokens)}]"
     return part(
-        3,
-        ["noise scale ", (said, "bold"), ends, f" at {words.tokens(noise.at_tokens)}"],
+        4,
         ["noise scale ", (said, "bold"), ends],
         ["noise ", (said, "bold")],
     )
@@ -304,7 +296,7 @@ def _critical(batch: BatchNow) -> Part | None:
     ground = "" if critical.basis in ("measured", "bound") else f"{critical.basis}, "
     cost = f"{'at most ' * bool(about)}{words.percent(batch.tokens / critical.tokens)} more tokens than a small batch"
     return part(
-        2,
+        3,
         f"B_crit {about}{said}{ends} ({ground}{doubt}): {cost}",
         f"B_crit {about}{said}{ends} ({ground}{doubt})",
         f"B_crit {about}{said} ({doubt})",
