@@ -285,6 +285,10 @@ class ScienceSpec:
                 f"batch warm-up from {warmup.from_tokens} tokens to {self.batch_tokens_global}: wants sequences of "
                 f"{self.shape.context_tokens} tokens, whole ones, that reach the full batch by doubling",
             )
+            require(
+                warmup.from_tokens > self.shape.context_tokens,
+                f"batch warm-up from {warmup.from_tokens} tokens: wants 2 sequences or more, noise shows only between",
+            )
 
     @property
     def batch_seqs_global(self) -> int:

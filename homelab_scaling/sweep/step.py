@@ -49,7 +49,7 @@ def without_end(spec: RunSpec, *, shards: Path, own: bool) -> RunSpec:
     Args:
         own: replace shape and batch by the built-in ones.
     """
-    science, execution = spec.science, spec.execution
+    science, execution = replace(spec.science, batch_warmup=None), spec.execution
     if own:
         ranks = execution.n_processes
         science = replace(
@@ -65,6 +65,7 @@ def without_end(spec: RunSpec, *, shards: Path, own: bool) -> RunSpec:
         checkpoint_every_s=1e9,
         checkpoint_every_steps=None,
         curve_every_tokens=None,
+        noise_every_steps=None,
         trackers=(),
         predicted_s=None,
     )
