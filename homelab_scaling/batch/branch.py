@@ -24,13 +24,12 @@ from homelab_scaling.batch.branch_fit import TOLERANCE_NATS, BranchResult, Curve
 from homelab_scaling.batch.probe import BURN_IN_FRAC, work_folder
 from homelab_scaling.batch.table import Setting, rate_of, split_batch
 from homelab_scaling.box import Box
-from homelab_scaling.errors import RunFailed, SpecError
+from homelab_scaling.errors import RunFailed, SpecError, StoppedByWatchdog
 from homelab_scaling.plan.cost import GPU_START_S, VALIDATION_COST_FRAC
 from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec, Schedule, make_run_id
 from homelab_scaling.sweep.recipe import run_recipe
-from homelab_scaling.train.schedule import lr_at, phases
 
 SMALLEST_FRAC = 1 / 4
 """Of the rung's batch: the reference, from which every branch doubles."""
@@ -122,8 +121,8 @@ class BranchPlan:
 
     @property
     def base_rate(self) -> float:
-        """At the checkpoint."""
-        return lr_at(self.start.science, phases(self.start.science)[0], self.start_steps)
+        """At the checkpoint: a stretch knows no decay, whatever the run's schedule."""
+        return self.start.science.schedule.lr_peak
 
 
 def plan_branch(
@@ -156,14 +155,10 @@ def plan_branch(
     start_steps = round(burn_in_frac * horizon / science.batch_tokens_global)
     beta2_steps = 1 / max(1e-9, 1 - science.optim.beta2)
     sizes, delta = _sizes(science.batch_seqs_global, context, delta_frac * horizon, beta2_steps)
-    trunk = phases(science)[0]
-    if (
-        not 0 < start_steps < trunk.end_step
-        or start_steps * science.batch_tokens_global < science.schedule.warmup_tokens
-    ):
+    if not max(1, science.schedule.warmup_tokens) <= start_steps * science.batch_tokens_global < horizon:
         raise SpecError(
-            f"rung {template.rung}: a checkpoint after {burn_in_frac:.0%} of the longest horizon lies outside the "
-            f"stretch at constant rate (steps 1 to {trunk.end_step}, after the warm-up); take another burn-in"
+            f"rung {template.rung}: a checkpoint after {burn_in_frac:.0%} of the longest horizon, {start_steps} steps, "
+            "lies before the end of the warm-up or after the run; take another burn-in"
         )
     if delta + start_steps * science.batch_tokens_global > horizon:
         raise SpecError(
@@ -171,12 +166,9 @@ def plan_branch(
             f"{N_LEAST} batches want, do not fit the horizon of {horizon:,} tokens; lengthen it or shrink the batch"
         )
     start_tokens = start_steps * science.batch_tokens_global
-    rate = lr_at(science, trunk, start_steps)
     paid = (work_folder(lab, template.rung).checkpoints / f"u{start_steps:08d}").is_dir()
     branches = tuple(
-        _branch(
-            setting, template, shards, seqs=seqs, delta=delta, lr=rate, first=start_steps * science.batch_seqs_global
-        )
+        _branch(setting, template, shards, seqs=seqs, delta=delta, first=start_steps * science.batch_seqs_global)
         for seqs in sizes
     )
     seconds = _seconds(setting, branches, 0 if paid else start_tokens, science.batch_seqs_global)
@@ -228,7 +220,6 @@ def _execution(setting: Setting, template: RunSpec, seqs: int) -> dict[str, Any]
     return {
         "n_processes": 1,
         "microbatch_seqs_per_rank": split[1],
-        "checkpoint_every_s": min(template.execution.checkpoint_every_s, 120.0),
         "checkpoint_every_steps": None,
         "noise_every_steps": None,
         "sharding": "none",
@@ -252,9 +243,7 @@ def _start(setting: Setting, template: RunSpec, shards: Path) -> RunSpec:
     )
 
 
-def _branch(
-    setting: Setting, template: RunSpec, shards: Path, *, seqs: int, delta: int, lr: float, first: int
-) -> BranchSpec:
+def _branch(setting: Setting, template: RunSpec, shards: Path, *, seqs: int, delta: int, first: int) -> BranchSpec:
     """A branch at one batch: the template's science with another batch and a constant rate."""
     context = setting.shape.context_tokens
     batch, n_steps = seqs * context, delta // (seqs * context)
@@ -268,7 +257,7 @@ def _branch(
         batch_warmup=None,
         schedule=Schedule(
             name="wsd",
-            lr_peak=float(f"{lr * math.sqrt(seqs / base):.6g}"),
+            lr_peak=float(f"{template.science.schedule.lr_peak * math.sqrt(seqs / base):.6g}"),
             warmup_tokens=0,
             decay_frac=1 / n_steps,  # never reached: the branch ends with its trunk
             lr_final_frac=0.0,
@@ -289,6 +278,7 @@ def _branch(
                 log_every_steps=max(1, delta // N_MARKS // batch),
                 curve_tokens=science.val_tokens,
                 curve_every_tokens=delta // N_MARKS,
+                checkpoint_every_s=86_400.0,  # it would begin again
                 predicted_s=None if rate is None else delta / rate,
                 **common,
             ),
@@ -382,7 +372,7 @@ def run_branch(plan: BranchPlan, labs: Path, say: Say, *, tolerance_nats: float 
     Raises:
         RunFailed: a branch did not end; the same call goes on.
         DataError: fewer than four branches came to their end.
-        Stopped: it was asked to.
+        Stopped, StoppedByWatchdog: it was asked to, or had to.
     """
     found = finished_branch(plan)
     if found is not None and found.tolerance_nats == tolerance_nats:
@@ -403,6 +393,8 @@ def run_branch(plan: BranchPlan, labs: Path, say: Say, *, tolerance_nats: float 
         unfinished = [branch for branch in plan.branches if not is_done(plan, branch)]
         if unfinished:
             record = plan.run_folder(unfinished[0]).read_record() or plan.start_folder.read_record()
+            if record is not None and record.stopped_by == "watchdog":
+                raise StoppedByWatchdog(f"the branch test was ended by the watchdog: {record.reason}")
             why = record.reason if record and record.reason else f"the launch ended with exit code {code}"
             raise RunFailed(f"{len(unfinished)} branches did not end ({why}); the same command goes on")
     result = summarise(plan, tolerance_nats)

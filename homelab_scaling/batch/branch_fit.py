@@ -36,7 +36,8 @@ LATE_FRAC = 0.25
 MIN_BRANCHES = 4
 MIN_PROGRESS_SD = 4.0
 """How many standard errors the reference must have come down for the others to be held against it."""
-SD_FLOOR_NATS = 1e-5
+FORM_FRAC = 0.003
+"""Of what the reference came down: how far the form of its curve is trusted, added to every branch's noise."""
 REACH = 1000.0
 """B_crit is looked for up to this factor outside the batches tried."""
 
@@ -74,7 +75,7 @@ class Branch:
     expected_nats: float | None
     """By the fitted B_crit."""
     token_ratio: float | None
-    """D / D_eff: tokens it needs for one of the reference's; None where it got nowhere."""
+    """D / D_eff: tokens it needs for one of the reference's; None where the reference never has that loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,38 +194,42 @@ def ema(losses: Sequence[float], alpha: float = EMA) -> float:
 # ------------------------------------------------------------------------------------------------------ the estimator
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Smooth:
-    """f(t) = a - b log(1 + t / tau): from a straight line (tau large) to one in log t."""
+    """f(t) = a - sum_j b_j (1 - exp(-t / tau_j)), b_j >= 0: falls, ever more slowly, in any such way."""
 
     a: float
-    b: float
-    tau: float
-    scatter: float
-    """Of a validation about it."""
+    b: Array
+    tau: Array
 
     def __call__(self, t: Array) -> Array:
-        return np.asarray(self.a - self.b * np.log1p(t / self.tau))
+        return np.asarray(self.a + np.expm1(-t[..., None] / self.tau) @ self.b)
 
-    def tokens_at(self, loss: float) -> float | None:
-        """Its inverse; None where the loss is not below the start."""
-        if self.b <= 0 or loss >= self.a:
+    def tokens_at(self, loss: float, most: float) -> float | None:
+        """Its inverse; None where the loss is not below the start, or is not reached within `most`."""
+        if not float(self(np.array([most]))[0]) <= loss < self.a:
             return None
-        return self.tau * math.expm1(min(50.0, (self.a - loss) / self.b))
+        low, high = 0.0, most
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(self(np.array([middle]))[0]) > loss else (low, middle)
+        return high
 
 
 def _smooth(tokens: Array, losses: Array) -> _Smooth:
-    """Least squares for a and b at each of many tau, the best taken."""
-    best = None
-    for tau in tokens[-1] * np.geomspace(0.02, 20, 61):
-        design = np.stack([np.ones_like(tokens), -np.log1p(tokens / tau)], axis=1)
-        theta, *_ = np.linalg.lstsq(design, losses, rcond=None)
-        squares = float(((losses - design @ theta) ** 2).sum())
-        if best is None or squares < best[0]:
-            best = (squares, float(theta[0]), float(theta[1]), float(tau))
-    assert best is not None
-    squares, a, b, tau = best
-    return _Smooth(a=a, b=b, tau=tau, scatter=math.sqrt(squares / max(1, len(tokens) - 3)))
+    """Least squares under b_j >= 0, which needs no further smoothing: few b_j come out above 0."""
+    from scipy.optimize import lsq_linear
+
+    tau = tokens[-1] * np.geomspace(0.05, 20, 8)
+    design = np.concatenate([np.ones((len(tokens), 1)), np.expm1(-tokens[:, None] / tau)], axis=1)
+    theta = lsq_linear(design, losses, bounds=(0, np.inf), method="bvls").x
+    return _Smooth(a=float(theta[0]), b=theta[1:], tau=tau)
+
+
+def _scatter(losses: Array) -> float:
+    """Of a validation about a smooth path, by second differences past the bend at the beginning."""
+    late = losses[len(losses) // 3 :]
+    return float(np.sqrt(np.mean(np.diff(late, n=2) ** 2) / 6)) if len(late) > 2 else 0.0
 
 
 def fit_branches(curves: Sequence[Curve], *, tolerance_nats: float = TOLERANCE_NATS) -> Found:
@@ -249,12 +254,14 @@ def fit_branches(curves: Sequence[Curve], *, tolerance_nats: float = TOLERANCE_N
         raise DataError("the branches were validated at different tokens or on different windows; run the test anew")
     tokens = np.array(good[0].tokens, dtype=np.float64)
     late = np.arange(len(tokens)) >= len(tokens) - max(1, round(LATE_FRAC * (len(tokens) - 1)))
-    smooth = [_smooth(tokens, c.means) for c in good]
+    reference = _smooth(tokens, good[0].means)
     came = np.array([float(c.means[late].mean()) for c in good])
-    own = np.array([s.scatter for s in smooth]) / math.sqrt(int(late.sum()))  # its path's own ups and downs
+    own = np.array([_scatter(c.means) for c in good]) / math.sqrt(int(late.sum()))  # its path's own ups and downs
     text = np.array([_paired_sd(c, good[0], late) for c in good])
-    sd = np.sqrt(own**2 + text**2 + SD_FLOOR_NATS**2)
-    fit = _fit(smooth[0], float(tokens[late].mean()), np.array([float(c.batch_tokens) for c in good]), came, sd)
+    at = float(tokens[late].mean())
+    progress = reference.a - float(reference(np.array([at]))[0])
+    sd = np.sqrt(own**2 + text**2 + (FORM_FRAC * max(progress, 1e-6)) ** 2)
+    fit = _fit(reference, at, np.array([float(c.batch_tokens) for c in good]), came, sd)
     noise = {c.run_id: float(s) for c, s in zip(good, sd, strict=True)}
     merrill = merrill_rule(
         [c.batch_tokens for c in curves],
@@ -275,7 +282,7 @@ def fit_branches(curves: Sequence[Curve], *, tolerance_nats: float = TOLERANCE_N
                 loss_nats=None if c.diverged else float(came[ends[c.run_id]]),
                 sd_nats=None if c.diverged else float(sd[ends[c.run_id]]),
                 expected_nats=None if c.diverged or fit.expected is None else float(fit.expected[ends[c.run_id]]),
-                token_ratio=None if c.diverged else _ratio(smooth[0], tokens[late].mean(), came[ends[c.run_id]]),
+                token_ratio=None if c.diverged else _ratio(reference, at, came[ends[c.run_id]]),
             )
             for c in curves
         ),
@@ -300,7 +307,7 @@ def _paired_sd(curve: Curve, reference: Curve, late: Array) -> float:
 
 
 def _ratio(reference: _Smooth, at: float, came: float) -> float | None:
-    effective = reference.tokens_at(came)
+    effective = reference.tokens_at(came, 10 * at)
     return None if not effective else float(at / effective)
 
 
@@ -321,9 +328,8 @@ def _fit(f: _Smooth, at: float, batches: Array, came: Array, sd: Array) -> _Fit:
     """
     from scipy import stats
 
-    progress = float(f(np.zeros(1))[0] - f(np.array([at]))[0])
-    shared = float(sd[0])
-    if f.b <= 0 or progress < MIN_PROGRESS_SD * max(shared, SD_FLOOR_NATS):
+    progress, shared = f.a - float(f(np.array([at]))[0]), float(sd[0])
+    if progress < MIN_PROGRESS_SD * shared:
         return _Fit(
             why_no_number=f"the smallest batch came down by {progress:.3f} nats only, with a noise of {shared:.3f}; "
             "lengthen the branches"
