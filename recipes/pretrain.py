@@ -77,6 +77,8 @@ def with_overrides(spec: RunSpec, folder: RunFolder, args: Args) -> RunSpec:
 
     A micro-batch that memory was too small for is not tried again unless it is asked for.
     """
+    from homelab_scaling.train.sharded import of_launch
+
     given: dict[str, Any] = {
         "n_processes": args.processes,
         "microbatch_seqs_per_rank": args.microbatch,
@@ -87,7 +89,7 @@ def with_overrides(spec: RunSpec, folder: RunFolder, args: Args) -> RunSpec:
         "sharding": args.sharding,
         "trackers": args.trackers,
     }
-    changed = {key: value for key, value in given.items() if value is not None}
+    changed = of_launch(os.environ) | {key: value for key, value in given.items() if value is not None}
     spec = replace(spec, execution=replace(spec.execution, **changed)) if changed else spec
     return spec if args.microbatch else keep_smaller(spec, folder)
 

@@ -64,8 +64,11 @@ class Evaluator:
         renumbered = renumbered.reshape(documents.shape)
         self.n_documents = int(renumbered.max()) + 1
         self.windows = windows[rank::world_size]
+        self.most_windows = -(-len(windows) // world_size)
+        """Of any rank: under FSDP all ranks make as many forward passes."""
+        self.filler = windows[:1]
         self.documents = renumbered[rank::world_size]
-        self.batch_seqs = min(batch_seqs, max(1, len(self.windows)))
+        self.batch_seqs = min(batch_seqs, self.most_windows)
         self.device = device
         self.sum_over_ranks = sum_over_ranks
         split = shards.manifest.val
@@ -77,13 +80,14 @@ class Evaluator:
         was_training = model.training
         model.eval()
         sums = torch.zeros(2, self.n_documents, dtype=torch.float64, device=self.device)
-        for first in range(0, len(self.windows), self.batch_seqs):
-            ids = self.windows[first : first + self.batch_seqs]
+        size = self.batch_seqs
+        for first in range(0, self.most_windows, size):
+            ids = self.windows[first : first + size]
             # The last batch is filled up with its own windows again: one shape for all, so it is compiled once.
-            window = read_windows(self.stream, np.resize(ids, self.batch_seqs), self.context)
+            window = read_windows(self.stream, np.resize(ids if len(ids) else self.filler, size), self.context)
             tokens = torch.from_numpy(window.astype(np.int64)).to(self.device)
             losses = model.token_losses(tokens[:, :-1], tokens[:, 1:])[: len(ids)].double().flatten()
-            owner = torch.from_numpy(self.documents[first : first + self.batch_seqs].astype(np.int64).ravel())
+            owner = torch.from_numpy(self.documents[first : first + size].astype(np.int64).ravel())
             owner = owner.to(self.device)
             sums[0].index_add_(0, owner, losses)
             sums[1].index_add_(0, owner, torch.ones_like(losses))

@@ -171,7 +171,7 @@ class Trainer(Stepper):
         super().split_anew(halvings)
         if self.choices.compile and self.split != before:
             for evaluator in (self.evaluate_full, self.evaluate_curve):
-                evaluator.batch_seqs = min(self._validation_batch(), max(1, len(evaluator.windows)))
+                evaluator.batch_seqs = min(self._validation_batch(), evaluator.most_windows)
 
     # ------------------------------------------------------------------------------------------- once in a while
 

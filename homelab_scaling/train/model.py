@@ -37,6 +37,8 @@ class LanguageModel(nn.Module):
         self.n_vocab = n_vocab
         self.loss_path = loss_path
         self.recompute = recompute
+        self.sharded = False
+        """Whether each rank holds a part of every parameter; train/sharded.py makes it so."""
         self.transformer = GPT2Model(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._compiled_backbone: Callable[[Tensor], Tensor] | None = None
@@ -48,8 +50,10 @@ class LanguageModel(nn.Module):
         weight: Tensor = self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
         return weight
 
-    def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-        """Mean loss in nats per token, an fp32 scalar."""
+    def forward(self, x_BT: Tensor, y_BT: Tensor, *, per_token: bool = False) -> Tensor:
+        """Mean loss in nats per token, an fp32 scalar; or `token_losses`, where a wrapper gathers parts of weights."""
+        if per_token:
+            return LanguageModel.token_losses(self, x_BT, y_BT)
         hidden_ND, targets_N = self.hidden_states(x_BT).flatten(0, 1), y_BT.flatten()
         if self.loss_path == "plain":
             return self._plain_loss(hidden_ND, self.head_weight, targets_N, self.n_vocab)
@@ -73,6 +77,12 @@ class LanguageModel(nn.Module):
         """Compiles the blocks and the softmax; no module is wrapped, so parameter names stay as they are."""
         self._compiled_backbone = torch.compile(self._hidden_states, mode=mode)
         self._plain_loss = torch.compile(losses.plain_cross_entropy, mode=mode)
+
+    def compile_blocks(self) -> None:
+        """Compiles every block by itself instead, where something has to happen between them (FSDP)."""
+        for block in self.transformer.h:
+            block.compile()
+        self._compiled_backbone = self._hidden_states
 
     @property
     def compiled(self) -> bool:

@@ -37,7 +37,7 @@ def measure(evaluator: Evaluator, model: LanguageModel, event: Callable[..., Non
             return evaluator.measure(model)
         except RuntimeError as error:
             said = complaint(error)
-            if said is None or evaluator.batch_seqs == 1:
+            if said is None or evaluator.batch_seqs == 1 or model.sharded:  # under FSDP ranks go through it in step
                 raise
         model.train()
         evaluator.batch_seqs //= 2

@@ -19,6 +19,7 @@ from homelab_scaling.runs import Machine
 from homelab_scaling.specs import CompileMode, ExecutionSpec, RunSpec
 from homelab_scaling.train.model import LanguageModel, sdpa_backend
 from homelab_scaling.train.parallel import choose_parallel
+from homelab_scaling.train.sharded import hide_from_accelerate
 
 MAX_COMPILE_SHARE = 0.10
 
@@ -44,6 +45,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
+    hide_from_accelerate(os.environ)
     execution = spec.execution
     if execution.device == "cuda" and not torch.cuda.is_available():
         raise MachineError('this spec wants device "cuda", but torch sees none; check the driver with `homelab doctor`')

@@ -3,6 +3,7 @@
 In a batch warm-up a step is several optimizer updates, of one full batch together. Nothing here reads the device.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec
-from homelab_scaling.train import oom, oom_notes
+from homelab_scaling.train import oom, oom_notes, sharded
 from homelab_scaling.train.batch_warmup import batch_tokens, first_halvings, split_step
 from homelab_scaling.train.feed import Feed, open_matching_shards
 from homelab_scaling.train.journal import Journal
@@ -56,9 +57,9 @@ class Stepper:
         )
         if choices.compile:
             self.model.compile_in_place(choices.compile_mode)
-        self.wrapped = accelerator.prepare(self.model)
+        self.wrapped, parts = sharded.wrap(accelerator, self.model, spec, os.environ)
         self.passes = Passes(accelerator, self.wrapped, self.feed, compiled=choices.compile)
-        self.optimizer = MaskedAdamW(self.model, self.science.optim)
+        self.optimizer = MaskedAdamW(self.model, self.science.optim, parts)
         self.noise = log_of_run(
             spec, folder.path / "noise.jsonl", self.wrapped, world_size=self.world_size, is_main=self.is_main
         )
