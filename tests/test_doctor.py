@@ -16,8 +16,9 @@ from homelab_scaling import codec, doctor
 from homelab_scaling.box import PATH_WITHOUT_SPACES, Box, describe_box, missing_for_compile, visible_cards
 from homelab_scaling.doctor import GIB, DiskSpeed, Driver, Facts, Finding, Matmul, TorchProbe, measure
 from homelab_scaling.doctor import facts as doctor_facts
-from homelab_scaling.doctor.driver import DriverCard, Link, Pair, survey
+from homelab_scaling.doctor.driver import DriverCard, Link, survey
 from homelab_scaling.watch.gpu import Card
+from homelab_scaling.watch.p2p import Pair
 from homelab_scaling.watch.readings import CardFacts
 
 

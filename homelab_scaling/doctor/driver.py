@@ -6,20 +6,11 @@ from typing import Any, TypeVar
 
 from homelab_scaling.watch.gpu import open_nvml
 from homelab_scaling.watch.nvml import Fault, Nvml
+from homelab_scaling.watch.p2p import Pair, ask_pair
 from homelab_scaling.watch.probe import probe_card
 from homelab_scaling.watch.readings import CardFacts
 
 T = TypeVar("T")
-
-P2P_READ, P2P_WRITE = 0, 1
-P2P_WORDS = {
-    0: "yes",
-    1: "not by this chipset",
-    2: "not by these cards",
-    3: "not across this topology",
-    4: "disabled in the driver",
-    5: "not supported",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +31,6 @@ class DriverCard:
     link: Link = field(default_factory=Link)
     persistence: bool | None = None
     """The driver stays loaded while nobody uses the card."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """The way from one card to another one (NVML indices)."""
-
-    first: int
-    second: int
-    p2p: str
-    """`yes`, or why one card cannot read and write the other's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +76,7 @@ def _survey(nvml: Nvml) -> Driver:
         cards=tuple(card for _, card in cards.values()),
         absent=absent,
         pairs=tuple(
-            Pair(first=a, second=b, p2p=_p2p(nvml, cards[a][0], cards[b][0])) for a in cards for b in cards if a < b
+            Pair(first=a, second=b, p2p=ask_pair(nvml, cards[a][0], cards[b][0])) for a in cards for b in cards if a < b
         ),
     )
 
@@ -115,19 +96,6 @@ def _card(nvml: Nvml, handle: Any, facts: CardFacts) -> DriverCard:
         ),
         persistence=None if persistence is None else bool(persistence),
     )
-
-
-def _p2p(nvml: Nvml, first: Any, second: Any) -> str:
-    """`yes` if both cards read and write each other, else the first reason why not."""
-    for a, b in ((first, second), (second, first)):
-        for kind in (P2P_READ, P2P_WRITE):
-            try:
-                status = nvml.call("nvmlDeviceGetP2PStatus", a, b, kind)
-            except Fault as fault:
-                return f"unknown ({fault})"
-            if status != 0:
-                return P2P_WORDS.get(status, "unknown")
-    return P2P_WORDS[0]
 
 
 def _ask(way: Callable[[], T]) -> T | None:

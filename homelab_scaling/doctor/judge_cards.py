@@ -5,13 +5,12 @@ from homelab_scaling.doctor.facts import GIB, Facts
 from homelab_scaling.doctor.measure import Matmul
 from homelab_scaling.doctor.report import Finding
 from homelab_scaling.plan.peaks import peak_bf16_flops, why_no_peak
+from homelab_scaling.watch.p2p import claims_untruly
 
 REINSTALL = "run `bash tools/quickstart.sh` or `pip install -c constraints.txt -e .`"
 MATMUL_LEAST_SHARE = 0.60
 """Of the tabled peak; large products of a healthy card reach 70 to 100 %."""
 NARROW_LANES = 4
-P2P_MIN_DRIVER = (550, 40, 7)
-"""Before it, NCCL believes in P2P on GeForce RTX 40 cards and hangs."""
 
 
 def judge_driver(facts: Facts) -> tuple[Finding, ...]:
@@ -91,16 +90,15 @@ def judge_p2p(facts: Facts) -> tuple[Finding, ...]:
     pairs, names = facts.driver.pairs, [card.facts.name for card in facts.driver.cards]
     if not pairs:
         return ()
-    version = tuple(int(n) for n in (facts.driver.version or "").split(".") if n.isdigit())
     found = "; ".join(f"cards {p.first} and {p.second}: {p.p2p}" for p in pairs)
-    if any("RTX 40" in name for name in names) and version and version < P2P_MIN_DRIVER:
+    if claims_untruly(names, facts.driver.version):
         if facts.environment.get("NCCL_P2P_DISABLE") == "1":
             return (Finding(topic="p2p", status="ok", found=f"{found} (NCCL_P2P_DISABLE=1)"),)
         remedy = "update it to 550.40.07 or later, or `export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1` before torchrun"
         return (Finding(topic="p2p", status="warn", found=f"{found}; NCCL can hang with this driver", remedy=remedy),)
     if all(p.p2p == "yes" for p in pairs):
         return (Finding(topic="p2p", status="ok", found=found),)
-    remedy = "nothing: gradients go through host memory; `homelab ddp` measures whether two cards pay"
+    remedy = "nothing: gradients go through host memory; `homelab ddp` measures whether two cards pay all the same"
     return (Finding(topic="p2p", status="ok", found=found, remedy=remedy),)
 
 

@@ -60,47 +60,72 @@ def step_seconds(
             )
             return whole, split, basis
     if not box.on_gpu and here is None:
-        compute_s = _compute_s(rung, asked, box)
-        return n_ranks * compute_s, n_ranks * compute_s, CPU_BASIS
+        whole = _compute_s(rung, n_ranks * asked, box)
+        return whole, whole, CPU_BASIS
     fabric = here.fabric if here is not None else ASSUMED_FABRIC
-    compute_s, ground = _scaled_s(here, rung, asked) or (_compute_s(rung, asked, box), "assumed speed")
+    per_token, ground = _measured_speed(here, rung)
+    whole, part = (
+        n * per_token if per_token is not None else _compute_s(rung, n, box) for n in (n_ranks * asked, asked)
+    )
     tokens = rung.placement.microbatch_seqs_per_rank * rung.size.shape.context_tokens
-    step = ddp_step(rung.size.params, compute_s, fabric, n_ranks=n_ranks, n_passes=max(1, asked // tokens))
-    return n_ranks * compute_s, step.seconds, f"model, {ground}, {fabric.basis}"
+    step = ddp_step(rung.size.params, part, fabric, n_ranks=n_ranks, n_passes=max(1, asked // tokens))
+    return whole, step.seconds + _unexplained_s(here, rung), f"model, {ground}, {fabric.basis}"
 
 
 def _vocab(rung: RungPlan) -> int:
     return rung.size.params.n_embed // rung.size.shape.d_model
 
 
-def _scaled_s(here: DdpMeasurement | None, rung: RungPlan, tokens_per_rank: int) -> tuple[float, str] | None:
-    """Computing as fast per FLOP as the measured rung that is nearest in size."""
-    if here is None or not here.rungs:
-        return None
+def _flops(times: RungTimes) -> float:
+    return flops_per_token(times.shape, times.n_vocab, padded=True)
 
-    def flops(times: RungTimes) -> float:
-        return flops_per_token(times.shape, times.n_vocab, padded=True)
 
+def _nearest(here: DdpMeasurement | None, rung: RungPlan) -> RungTimes | None:
+    """The measured rung nearest in size."""
     own = rung.size.flops_per_token.causal_padded
-    near = min(here.rungs, key=lambda times: max(flops(times), own) / min(flops(times), own))
-    per_flop = near.no_sync.seconds / near.tokens_per_rank(here.n_ranks) / flops(near)
-    return tokens_per_rank * own * per_flop, f"speed measured on rung {near.rung}"
+    rungs = here.rungs if here is not None else ()
+    return min(rungs, key=lambda times: max(_flops(times), own) / min(_flops(times), own), default=None)
 
 
-def _compute_s(rung: RungPlan, tokens_per_rank: int, box: Box) -> float:
-    """By the plan's assumptions; where the card is in no table, as an RTX 4080 would."""
+def _measured_speed(here: DdpMeasurement | None, rung: RungPlan) -> tuple[float | None, str]:
+    """Seconds per token of one rank, as fast per FLOP as the measured rung nearest in size; None where none was."""
+    near = _nearest(here, rung)
+    if here is None or near is None:
+        return None, "assumed speed"
+    per_flop = near.no_sync.seconds / near.tokens_per_rank(here.n_ranks) / _flops(near)
+    return rung.size.flops_per_token.causal_padded * per_flop, f"speed and waiting as measured on rung {near.rung}"
+
+
+def _unexplained_s(here: DdpMeasurement | None, rung: RungPlan) -> float:
+    """What a sync took in the nearest measured rung beyond what bandwidth explains: waiting, above all."""
+    near = _nearest(here, rung)
+    if here is None or near is None:
+        return 0.0
+    step = ddp_step(
+        near.params, near.no_sync.seconds, here.fabric, n_ranks=here.n_ranks, n_passes=near.accumulation_steps
+    )
+    return max(0.0, near.exposed_s - step.exposed_s)
+
+
+def _compute_s(rung: RungPlan, n_tokens: int, box: Box) -> float:
+    """One rank on so many tokens by the plan's assumptions; where the card is in no table, as an RTX 4080 would.
+
+    Kernel launches set a floor to each pass, so a small batch is not done in proportion to its tokens.
+    """
     shape = rung.size.shape
+    seqs = max(1, n_tokens // shape.context_tokens)
+    micro = min(rung.placement.microbatch_seqs_per_rank, seqs)
     rate = cost.predict_rate(
         shape,
         _vocab(rung),
         box=box,
         n_processes=1,
-        microbatch_seqs=rung.placement.microbatch_seqs_per_rank,
-        accumulation_steps=max(1, tokens_per_rank // (rung.placement.microbatch_seqs_per_rank * shape.context_tokens)),
+        microbatch_seqs=micro,
+        accumulation_steps=-(-seqs // micro),
         precision=rung.training.precision,
     )
     per_s = rate.tokens_per_s if rate else FALLBACK_FLOPS_PER_S / rung.size.flops_per_token.causal_padded
-    return tokens_per_rank / per_s
+    return n_tokens / per_s
 
 
 def _day(measurement: DdpMeasurement) -> str:
@@ -119,6 +144,7 @@ class PaysFrom:
 
 def pays_from(measurement: DdpMeasurement | None, rung: RungPlan, n_ranks: int, *, box: Box) -> PaysFrom:
     """From which batch on a second card pays for this rung."""
+    gain = runs_gain(measurement, n_ranks, box)
 
     def speedup(n_tokens: int) -> float:
         one, many, _ = step_seconds(measurement, rung, n_ranks, box=box, tokens_per_rank=n_tokens)
@@ -127,7 +153,7 @@ def pays_from(measurement: DdpMeasurement | None, rung: RungPlan, n_ranks: int, 
     sequence = rung.size.shape.context_tokens
     return PaysFrom(
         at_all_tokens=least_tokens(lambda n: speedup(n) > NOTABLY, sequence),
-        well_tokens=least_tokens(lambda n: speedup(n) >= WELL * n_ranks, sequence),
+        well_tokens=least_tokens(lambda n: speedup(n) >= WELL * gain, sequence),
     )
 
 
@@ -136,7 +162,11 @@ class RungAdvice:
     """What to do with a rung's runs when the whole ladder is to be done early."""
 
     rung: str
+    tokens_per_rank: int
+    alone: Advice
+    """For one run with nothing beside it."""
     advice: Advice
+    """For the rung's runs in this ladder."""
     efficiency: float
     """Strong scaling, at the rung's batch."""
     basis: str
@@ -165,7 +195,7 @@ def advise_ladder(measurement: DdpMeasurement | None, plan: Plan, n_ranks: int, 
         n_seeds = max(1, rung.bill.n_runs // len(rung.launches))
         runs += [(one * n, one / many, rung.name) for n in steps for _ in range(n_seeds)]
     runs.sort(reverse=True)
-    gain = _runs_gain(measurement, n_ranks, box)
+    gain = runs_gain(measurement, n_ranks, box)
     slowed = n_ranks / gain  # runs side by side slow one another down where they share memory, power or a bus
     mix = best_mix([s * slowed for s, _, _ in runs], [up * slowed for _, up, _ in runs], n_ranks)
     mix = replace(mix, one_card_s=sum(s for s, _, _ in runs))
@@ -174,6 +204,8 @@ def advise_ladder(measurement: DdpMeasurement | None, plan: Plan, n_ranks: int, 
     rungs = tuple(
         RungAdvice(
             rung=rung.name,
+            tokens_per_rank=rung.training.batch_tokens // n_ranks,
+            alone="DDP" if facts[rung.name][0] > NOTABLY * facts[rung.name][1] else "one GPU",
             advice=_advice_of(rung.name, split, len(whole), gain),
             efficiency=facts[rung.name][0] / (n_ranks * facts[rung.name][1]),
             basis=facts[rung.name][2],
@@ -185,7 +217,7 @@ def advise_ladder(measurement: DdpMeasurement | None, plan: Plan, n_ranks: int, 
     return LadderAdvice(n_ranks=n_ranks, rungs=rungs, mix=mix, fabric=fabric, words=_words(mix, runs, n_ranks))
 
 
-def _runs_gain(measurement: DdpMeasurement | None, n_ranks: int, box: Box) -> float:
+def runs_gain(measurement: DdpMeasurement | None, n_ranks: int, box: Box) -> float:
     """Tokens per second of n independent runs over those of one; n where nobody measured."""
     if measurement is None or not measurement.is_of(box) or measurement.n_ranks != n_ranks or not measurement.rungs:
         return float(n_ranks)
