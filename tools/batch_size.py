@@ -108,6 +108,10 @@ def _dry_run(args: Args, batches: "Batches") -> int:
         print(codec.dumps(document | {"priors": codec.to_plain(priors)}))
         return 0
     said = ["no shards yet: they are built first"] if batches.corpus is None else []
+    smallest = batches.smallest.rung.name
+    branches = None if args.verify else batches.branch_plan()
+    if branches is not None and (batches.is_known(smallest) or smallest in {p.rung for p in probes}):
+        said.insert(0, branches.words)
     _print(dry_page(probes, sweep, priors, [*said, *batches.kept_words()]))
     return 0
 
@@ -126,8 +130,12 @@ def _measure(args: Args, batches: "Batches") -> int:
         names = ", ".join(p.rung for p in probes)
         _say(f"to measure: {names}; {flops(bill.flops)} FLOPs, about {duration(bill.seconds)}")
     batches.measure(probes, _say)
-    calibration, sweep = batches.calibrate_by_sweep(_say) if args.verify else (None, None)
-    advice = batches.advise(calibration=calibration, sweep=sweep)
+    if args.verify:
+        calibration, sweep = batches.calibrate_by_sweep(_say)
+        advice = batches.advise(calibration=calibration, sweep=sweep)
+    else:
+        calibration, branch = batches.calibrate_by_branch(_say) or (None, None)
+        advice = batches.advise(calibration=calibration, branch=branch)
     if args.json:
         print(codec.dumps(codec.to_plain(advice)))
         return 0

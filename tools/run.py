@@ -52,7 +52,7 @@ class Args:
 
 def main(args: Args) -> int:
     from homelab_scaling.plan.show import budget_line, measuring_notes
-    from homelab_scaling.sweep.batches import Batches
+    from homelab_scaling.sweep.batches import Batches, Wishes
     from homelab_scaling.sweep.limits import make_limits
     from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, open_experiment, write_specs
     from homelab_scaling.sweep.where import use_gpus
@@ -62,7 +62,7 @@ def main(args: Args) -> int:
     experiment = open_experiment(args.ladder, args.lab)
     with experiment.lock():
         _say(budget_line(Batches(experiment, existing_corpus(experiment)).planned()))
-        batches = Batches(experiment, ensure_corpus(experiment))
+        batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
         plan = batches.planned()
         for line in [*plan.warnings, *measuring_notes(plan)]:
             _say(f"  ! {line}" if line in plan.warnings else f"  {line}")

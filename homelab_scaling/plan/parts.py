@@ -190,6 +190,8 @@ class Measuring:
     """Start-up included; None where no speed is known."""
     together: bool
     """In one launch before the first run; else each before its rung."""
+    calibrated_on: str | None = None
+    """The rung whose checkpoint is branched at several batches to calibrate by; in flops and seconds."""
     kept: dict[str, str] = field(default_factory=dict)
     """Rung -> why it cannot be measured."""
 

@@ -96,11 +96,12 @@ def measuring_notes(plan: Plan) -> list[str]:
     notes = []
     if m.rungs:
         when = "all in one launch before the first run" if m.together else "each before its rung is trained"
+        branches = f", and {m.calibrated_on} is branched at several batches" if m.calibrated_on else ""
         until = "; ".join(f"{', '.join(names)} {source}" for source, names in by_source.items())
         notes.append(
             f"the batch of {', '.join(m.rungs)} is measured by `homelab run`, {when}: a probe trains "
-            f"{m.burn_in_frac:.0%} of the longest horizon, {flops(m.flops)} FLOPs and about {duration(m.seconds)} "
-            f"together; until then the plan counts with {until}"
+            f"{m.burn_in_frac:.0%} of the longest horizon{branches}; {flops(m.flops)} FLOPs and about "
+            f"{duration(m.seconds)} together; until then the plan counts with {until}"
         )
     notes += [f"the batch of {name} cannot be measured: {why}" for name, why in m.kept.items()]
     return notes

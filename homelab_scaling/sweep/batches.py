@@ -19,10 +19,13 @@ from homelab_scaling.batch.advice import (
     base_batch,
     begun_rungs,
     calibrate,
+    calibration_from_branch,
     lr_scale,
     read_advice,
     write_advice,
 )
+from homelab_scaling.batch.branch import BranchPlan, plan_branch, run_branch
+from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.measure import (
     assumed_corpus,
     b_simple_at_middle,
@@ -37,7 +40,7 @@ from homelab_scaling.batch.probe import ProbePlan, finished_probe, plan_probe
 from homelab_scaling.batch.table import Setting, measured_batch_rates
 from homelab_scaling.batch.trials import SweepResult
 from homelab_scaling.batch.verify import SweepPlan, plan_sweep, run_sweep
-from homelab_scaling.errors import SpecError
+from homelab_scaling.errors import DataError, RunFailed, SpecError
 from homelab_scaling.plan import rules
 from homelab_scaling.plan.cost import CPU_START_S, GPU_START_S, measured_rates
 from homelab_scaling.plan.parts import Measuring, Plan
@@ -62,6 +65,8 @@ class Wishes:
     """Of the whole machine under load."""
     overhead_max_frac: float | None = None
     rescale_beta2: bool | None = None
+    at_once: int = 1
+    """Runs that train side by side; then everything is measured first, so that they can be packed."""
 
 
 class Batches:
@@ -93,6 +98,7 @@ class Batches:
         ]
         self.advice = self._read()
         self.measured = self._known()
+        self.branched = False
         asked = self.wishes.burn_in_frac
         self.burn_in_frac = self.ladder.batch.burn_in_frac if asked is None else asked
 
@@ -106,7 +112,8 @@ class Batches:
         names = {r.rung for r in kept}
         calibration = found.calibration if found.calibration.rung in names else Calibration()
         sweep = found.sweep if found.sweep is not None and found.sweep.rung in names else None
-        return replace(found, rungs=kept, calibration=calibration, sweep=sweep)
+        branch = found.branch if found.branch is not None and found.branch.rung in names else None
+        return replace(found, rungs=kept, calibration=calibration, sweep=sweep, branch=branch)
 
     def _known(self) -> dict[str, Measured]:
         """Noise scales in batch.json, but for what is to be measured anew."""
@@ -174,8 +181,25 @@ class Batches:
         Raises:
             SpecError: the burn-in is too short, or the batch cannot be cut.
         """
-        run = longest_run(self.plan, name)
-        return plan_probe(run, burn_in_frac=self.burn_in_frac, box=self.experiment.box)
+        plan = plan_probe(longest_run(self.plan, name), burn_in_frac=self.burn_in_frac, box=self.experiment.box)
+        branches_follow = name == self.smallest.rung.name and self.branch_plan() is not None
+        return replace(plan, keep_checkpoint=branches_follow)
+
+    def branch_plan(self) -> BranchPlan | None:
+        """The branch test that is still to be made; None where the ladder wants none, or its horizon is too short."""
+        if self.ladder.batch.calibrate == "none" or self.is_calibrated or self.branched:
+            return None
+        setting = self.smallest
+        run = longest_run(self.plan, setting.rung.name)
+        try:
+            return plan_branch(setting, run, self.lab, self.experiment.shards, burn_in_frac=self.burn_in_frac)
+        except SpecError:
+            return None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether batch.json knows how B_crit follows from the noise scale."""
+        return self.advice is not None and self.advice.calibration.method != "uncalibrated"
 
     def probes(self, names: Sequence[str]) -> tuple[list[ProbePlan], dict[str, str]]:
         """The probes of rungs, and why others cannot have one."""
@@ -196,14 +220,26 @@ class Batches:
         todo = [plan for plan in plans if finished_probe(plan, self.lab) is None]
         bill = bill_of(todo)
         start = GPU_START_S if self.experiment.box.on_gpu else CPU_START_S
-        together = bill.seconds is not None and bill.seconds < TOGETHER_BELOW_S
+        together = max(self.wishes.at_once, self.experiment.box.n_gpus) > 1 or (
+            bill.seconds is not None and bill.seconds < TOGETHER_BELOW_S
+        )
         launches = min(1, len(todo)) if together else len(todo)
+        seconds = None if bill.seconds is None else bill.seconds + launches * start
+        flops = bill.flops
+        branches = self.branch_plan() if self.smallest.rung.name in pending else None
+        if branches is not None:
+            # From the checkpoint that the probe will leave.
+            share = 1 - branches.start_tokens / branches.tokens * (not branches.burn_in_paid)
+            flops += branches.flops * share
+            known = seconds is not None and branches.seconds is not None
+            seconds = seconds + branches.seconds * share if known else None
         return Measuring(
             rungs=tuple(plan.rung for plan in plans),
             burn_in_frac=self.burn_in_frac,
-            flops=bill.flops,
-            seconds=None if bill.seconds is None else bill.seconds + launches * start,
+            flops=flops,
+            seconds=seconds,
             together=together,
+            calibrated_on=branches.rung if branches is not None else None,
             kept=refused,
         )
 
@@ -253,13 +289,14 @@ class Batches:
         *,
         calibration: Calibration | None = None,
         sweep: SweepResult | None = None,
+        branch: BranchResult | None = None,
         keep: frozenset[str] = frozenset(),
         or_prior: bool = False,
     ) -> BatchAdvice:
         """Writes batch.json from everything that is known.
 
         Args:
-            calibration, sweep: None keeps those of batch.json.
+            calibration, sweep, branch: None keeps those of batch.json.
             keep: rungs whose advice stands although their training has not begun.
             or_prior: where nothing is measured, the ladder's own batches instead of an error.
 
@@ -276,6 +313,7 @@ class Batches:
             data_id=self.plan.data_id or "",
             calibration=calibration or (before.calibration if before else None),
             sweep=sweep or (before.sweep if before else None),
+            branch=branch or (before.branch if before else None),
             previous=before,
             begun=self.begun | keep,
             own_batch=self.begun_unadvised,
@@ -321,12 +359,40 @@ class Batches:
         """Measures rungs and revises the advice of all that are not measured yet."""
         settled = frozenset(name for name in self.measured if self.is_known(name))
         self.measure_or_say(names, say)
-        advice = self.advise(keep=settled, or_prior=True)
+        found = self.calibrate_by_branch(say)
+        if found is None:
+            advice = self.advise(keep=settled, or_prior=True)
+        else:  # every B_crit follows from it
+            advice = self.advise(calibration=found[0], branch=found[1], or_prior=True)
         for name in names:
             if (told := advice.rung(name)) is not None:
                 say(in_words(told))
 
-    # ------------------------------------------------------------------------------------------- calibrating by sweep
+    # --------------------------------------------------------------------------------------------------- calibrating
+
+    def calibrate_by_branch(self, say: Say) -> tuple[Calibration, BranchResult] | None:
+        """c from branches of the smallest rung, where the ladder wants it and it is not known yet.
+
+        None where there is nothing to do, or where it failed, which is said.
+
+        Raises:
+            Stopped: it was asked to.
+        """
+        name = self.smallest.rung.name
+        plan = self.branch_plan() if self.is_known(name) else None
+        if plan is None:
+            return None
+        self.branched = True  # once a session: what it does not tell now it does not tell in a minute
+        try:
+            result = run_branch(plan, self.lab.parent, say)
+        except (DataError, RunFailed) as error:
+            say(f"  ! the batches stay uncalibrated: {error}")
+            return None
+        say(result.words)
+        here = b_simple_at_middle(self.measured[name].points, round(2 * result.middle_tokens))
+        found = calibration_from_branch(result, here, name)
+        say(found.sentence)
+        return found, result
 
     def sweep_plan(self, b_crit_tokens: float) -> SweepPlan:
         """The sweep of batches on the smallest rung, laid about a belief."""
