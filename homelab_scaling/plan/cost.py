@@ -11,6 +11,8 @@ from pathlib import Path
 
 from homelab_scaling.box import Box
 from homelab_scaling.plan.counting import count_params, flops_per_token, pad_vocab
+from homelab_scaling.plan.ddp import ASSUMED_FABRIC, ddp_step
+from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.peaks import find_card, peak_bf16_flops, why_no_peak
 from homelab_scaling.runs import Row, readable_runs
 from homelab_scaling.specs import ModelShape, Money, Precision, Sharding
@@ -32,11 +34,6 @@ GPU_LAUNCH_S_PER_LAYER = 0.5e-3
 GPU_LAUNCH_S = 1e-3
 GPU_START_S = 45.0
 """Imports, CUDA context and the first compiled step."""
-ALLREDUCE_BYTES_PER_S = 8e9
-"""Two cards without peer-to-peer on x8 slots, through host memory: 4 to 12e9 seen; `homelab ddp` measures it."""
-OVERLAP_FRAC = 0.8 * 2 / 3
-"""Share of a step's compute behind which gradient traffic hides: the backward pass, four fifths of it."""
-
 VALIDATION_COST_FRAC = 1 / 3
 """Forward only, against forward and backward."""
 
@@ -114,8 +111,14 @@ def predict_rate(
     activation_checkpointing: bool = False,
     sharding: Sharding = "none",
     measured: Sequence[MeasuredRate] = (),
+    ddp: DdpMeasurement | None = None,
 ) -> Rate | None:
-    """Tokens per second over all ranks; None where no measurement and no assumption covers the device."""
+    """Tokens per second over all ranks; None where no measurement and no assumption covers the device.
+
+    Args:
+        measured: speeds of finished rows, the best ground of all.
+        ddp: what `homelab ddp` measured here: the times of a rung, else the bandwidth between cards.
+    """
     asked = (shape, n_vocab, n_processes, precision, activation_checkpointing, sharding)
     same = [
         m.tokens_per_s
@@ -128,6 +131,11 @@ def predict_rate(
             tokens_per_s=statistics.median(same), basis=f"measured on this box ({len(same)} row{'s' * (len(same) > 1)})"
         )
     tokens_per_rank = microbatch_seqs * accumulation_steps * shape.context_tokens
+    here = ddp if ddp is not None and ddp.is_of(box) else None
+    if here is not None and not activation_checkpointing and sharding == "none":
+        timed_s = here.step_s(shape, n_vocab, precision, n_ranks=n_processes, tokens_per_rank=tokens_per_rank)
+        if timed_s is not None:
+            return Rate(tokens_per_s=tokens_per_rank * n_processes / timed_s, basis=here.basis)
     if not box.on_gpu:
         compute_s = _cpu_step_s(
             shape, n_vocab, tokens_per_rank * n_processes, box.n_cores, precision, activation_checkpointing
@@ -140,10 +148,14 @@ def predict_rate(
     mfu = GPU_MFU_WIDE * shape.d_model / (shape.d_model + GPU_MFU_HALF_WIDTH)
     compute_s = tokens_per_rank * asked_flops_per_token(shape, n_vocab, activation_checkpointing) / (peak * mfu)
     floor_s = accumulation_steps * (GPU_LAUNCH_S_PER_LAYER * shape.n_layer + GPU_LAUNCH_S)
-    step_s = max(compute_s, floor_s) + _traffic_s(shape, n_vocab, n_processes, compute_s)
+    fabric = here.fabric if here else ASSUMED_FABRIC
+    step = ddp_step(
+        count_params(shape, n_vocab), max(compute_s, floor_s), fabric, n_ranks=n_processes, n_passes=accumulation_steps
+    )
+    between = f"; {fabric.basis}" if here and n_processes > 1 else ""
     return Rate(
-        tokens_per_s=tokens_per_rank * n_processes / step_s,
-        basis=f"assumed (MFU {mfu:.0%} of {peak / 1e12:.1f} TFLOP/s per card)",
+        tokens_per_s=tokens_per_rank * n_processes / step.seconds,
+        basis=f"assumed (MFU {mfu:.0%} of {peak / 1e12:.1f} TFLOP/s per card{between})",
     )
 
 
@@ -170,21 +182,6 @@ def _cpu_step_s(  # noqa: PLR0917
     flops = n_tokens * asked_flops_per_token(shape, n_vocab, recompute)
     matmul_s = flops / (CPU_FLOPS_PER_CORE * speedup * cores)
     return matmul_s + n_tokens * pad_vocab(n_vocab) * CPU_CORE_S_PER_LOGIT / cores
-
-
-def _traffic_s(shape: ModelShape, n_vocab: int, n_processes: int, compute_s: float) -> float:
-    """Time per step that gradient traffic adds.
-
-    A ring of n ranks moves 2 (n - 1) / n times 4 bytes per parameter. The tied embedding's gradient is ready last, so
-    its share never overlaps with the backward pass; the rest hides behind it as far as it goes.
-    """
-    if n_processes == 1:
-        return 0.0
-    params = count_params(shape, n_vocab)
-    ring_bytes = 2 * (n_processes - 1) / n_processes * 4
-    exposed = params.n_embed if shape.tied else 0
-    hidden_s = ring_bytes * (params.n_stored - exposed) / ALLREDUCE_BYTES_PER_S
-    return ring_bytes * exposed / ALLREDUCE_BYTES_PER_S + max(0.0, hidden_s - OVERLAP_FRAC * compute_s)
 
 
 def run_seconds(rate: Rate, *, n_tokens_trained: int, n_tokens_validated: int, box: Box) -> float:

@@ -5,7 +5,6 @@ model with an assumed one; every figure says which.
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -55,9 +54,7 @@ def step_seconds(
         if times is not None:
             whole, split = times.at_batch(asked, n_ranks)
             own = asked == times.tokens_per_rank(n_ranks)
-            basis = f"measured {_day(here)}" + (
-                "" if own else f" at {times.tokens_per_rank(n_ranks):,} tokens per rank"
-            )
+            basis = here.basis + ("" if own else f" at {times.tokens_per_rank(n_ranks):,} tokens per rank")
             return whole, split, basis
     if not box.on_gpu and here is None:
         whole = _compute_s(rung, n_ranks * asked, box)
@@ -126,10 +123,6 @@ def _compute_s(rung: RungPlan, n_tokens: int, box: Box) -> float:
     )
     per_s = rate.tokens_per_s if rate else FALLBACK_FLOPS_PER_S / rung.size.flops_per_token.causal_padded
     return n_tokens / per_s
-
-
-def _day(measurement: DdpMeasurement) -> str:
-    return time.strftime("%Y-%m-%d", time.localtime(measurement.measured_s))
 
 
 @dataclass(frozen=True, kw_only=True)

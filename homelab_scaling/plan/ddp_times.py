@@ -1,6 +1,7 @@
 """LAB/machine/ddp.json: what `homelab ddp` measured on this machine, and what it says about rungs, measured or not."""
 
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,7 +131,7 @@ class RungTimes:
             n_runs=n_runs,
         )
 
-    def at_batch(self, tokens_per_rank: int, n_ranks: int) -> tuple[float, float]:
+    def at_batch(self, tokens_per_rank: float, n_ranks: int) -> tuple[float, float]:
         """Seconds of a step on one card and over all of them at another batch.
 
         Computing grows with the tokens; what a sync adds does not.
@@ -187,6 +188,22 @@ class DdpMeasurement:
         """The rung of this shape, if it was measured."""
         same = (r for r in self.rungs if (r.shape, r.n_vocab, r.precision) == (shape, n_vocab, precision))
         return next(same, None)
+
+    def step_s(
+        self, shape: ModelShape, n_vocab: int, precision: Precision, *, n_ranks: int, tokens_per_rank: int
+    ) -> float | None:
+        """Seconds of a step of this shape over all ranks or on one GPU; None where that was not measured."""
+        times = self.times_of(shape, n_vocab, precision)
+        alone = n_ranks == 1 and self.threads_per_rank is None  # one CPU rank of several has not all of the cores
+        if times is None or not (alone or n_ranks == self.n_ranks):
+            return None
+        one, many = times.at_batch(tokens_per_rank / self.n_ranks if alone else tokens_per_rank, self.n_ranks)
+        return one if alone else many
+
+    @property
+    def basis(self) -> str:
+        """What a figure taken from here stands on."""
+        return f"measured by `homelab ddp` on {time.strftime('%Y-%m-%d', time.localtime(self.measured_s))}"
 
 
 def ddp_path(labs: Path) -> Path:
