@@ -22,6 +22,10 @@ from homelab_scaling.specs import RunSpec
 
 RunStatus = Literal["running", "finished", "stopped", "diverged", "failed"]
 StoppedBy = Literal["signal", "watchdog", "memory"]
+BRACKET_RUNS = "bracket_runs"
+"""Folder of the trials of learning rates: ordinary runs that are no part of the ladder's results."""
+RUNS_FOLDERS = ("runs", BRACKET_RUNS)
+"""Of LAB/<ladder>, where runs lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,8 @@ class Row:
 
 DERIVED_COLUMNS = ("joules_per_token", "kwh_per_mtoken")
 """Of runs.csv, after the fields of `Row`."""
+ESTIMATED = ("measured", "forecast")
+"""Grounds of a rung's B_crit that make it an estimate."""
 CORRECTED_COLUMNS = ("c_min_flops", "s_min_steps")
 """After those, where the ladder's critical batches are known."""
 
@@ -298,18 +304,33 @@ def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
 
 
 def critical_batches(lab: Path) -> dict[str, float]:
-    """B_crit in tokens by rung, from a batch.json that a sweep has calibrated; empty otherwise.
+    """B_crit in tokens by rung, from a batch.json that a sweep or a branch test has calibrated; empty otherwise.
 
-    An uncalibrated one may be wrong by factors, and would bend what is corrected by it.
+    An uncalibrated one may be wrong by factors, and would bend what is corrected by it; so would a bound, or what
+    published rules say of other models.
     """
-    path = lab / "batch.json"
-    plain = codec.read_plain_json(path) if path.exists() else {}
-    try:
-        if plain["calibration"]["method"] == "uncalibrated":
-            return {}
-        return {str(rung["rung"]): float(rung["b_crit"]["value"]) for rung in plain["rungs"]}
-    except (KeyError, TypeError):
+    if why_not_corrected(lab) is not None:
         return {}
+    plain = codec.read_plain_json(lab / "batch.json")
+    return {str(r["rung"]): float(r["b_crit"]["value"]) for r in plain["rungs"] if r["basis"] in ESTIMATED}
+
+
+def why_not_corrected(lab: Path) -> str | None:
+    """Why no row of a lab can have its C_min and S_min; None where some can."""
+    path = lab / "batch.json"
+    if not path.exists():
+        return "there is no batch.json"
+    plain = codec.read_plain_json(path)
+    try:
+        calibration, bases = plain["calibration"], [rung["basis"] for rung in plain["rungs"]]
+        method, is_measured = calibration["method"], calibration["sd_log"] is not None
+    except (KeyError, TypeError):
+        return "batch.json is of another version"
+    if method == "uncalibrated":
+        return "batch.json is uncalibrated"
+    if not is_measured:
+        return f"its {method} test gave only a bound"
+    return None if any(basis in ESTIMATED for basis in bases) else "batch.json has measured no rung"
 
 
 def corrected(row: Row, b_crit_tokens: float | None) -> dict[str, float | None]:

@@ -29,6 +29,7 @@ from homelab_scaling.runs import (
     run_folders,
     runs_csv,
     to_point,
+    why_not_corrected,
     write_runs_csv,
 )
 
@@ -166,15 +167,17 @@ def test_runs_csv_has_a_line_per_row_and_empty_cells_for_the_unknown(lab: Path) 
     assert write_runs_csv(lab).read_text() == runs_csv(read_records(lab)[0]), "the table can be rebuilt at any time"
 
 
-def write_batches(lab: Path, method: str) -> None:
+def write_batches(lab: Path, method: str, *, sd_log: float | None = 0.1, basis: str = "measured") -> None:
     b_crit = {"value": 400.0, "low": 300.0, "high": 500.0}
-    plain = {"calibration": {"method": method}, "rungs": [{"rung": "small", "b_crit": b_crit}]}
-    (lab / "batch.json").write_text(json.dumps(plain))
+    rungs = [{"rung": "small", "b_crit": b_crit, "basis": basis}]
+    (lab / "batch.json").write_text(json.dumps({"calibration": {"method": method, "sd_log": sd_log}, "rungs": rungs}))
 
 
-def test_a_calibrated_critical_batch_corrects_compute_and_steps(lab: Path) -> None:
+@pytest.mark.parametrize(("method", "basis"), [("sweep", "measured"), ("branch", "measured"), ("sweep", "forecast")])
+def test_a_calibrated_critical_batch_corrects_compute_and_steps(lab: Path, method: str, basis: str) -> None:
     write_record(lab, "a")
-    write_batches(lab, "sweep")
+    write_batches(lab, method, basis=basis)
+    assert why_not_corrected(lab) is None
     (point, _), _ = read_runs(lab)
     assert point.c_min_flops == pytest.approx(ROW.flops / (1 + 100 / 400))
     assert point.s_min_steps == pytest.approx(ROW.n_steps / (1 + 400 / 100))
@@ -182,9 +185,22 @@ def test_a_calibrated_critical_batch_corrects_compute_and_steps(lab: Path) -> No
     assert [float(lines[0][name]) for name in CORRECTED_COLUMNS] == [point.c_min_flops, point.s_min_steps]
 
 
-def test_a_guessed_critical_batch_corrects_nothing(lab: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "sd_log", "basis", "why"),
+    [
+        ("uncalibrated", None, "measured", "batch.json is uncalibrated"),
+        ("branch", None, "measured", "its branch test gave only a bound"),
+        ("sweep", 0.1, "bound", "batch.json has measured no rung"),
+        ("sweep", 0.1, "prior", "batch.json has measured no rung"),
+    ],
+)
+def test_a_guessed_critical_batch_corrects_nothing(
+    lab: Path, method: str, sd_log: float | None, basis: str, why: str
+) -> None:
     write_record(lab, "a")
-    write_batches(lab, "uncalibrated")
+    assert why_not_corrected(lab) == "there is no batch.json"
+    write_batches(lab, method, sd_log=sd_log, basis=basis)
+    assert why_not_corrected(lab) == why
     (point, _), _ = read_runs(lab)
     assert point.c_min_flops is None and point.s_min_steps is None
     assert "c_min_flops" not in write_runs_csv(lab).read_text()

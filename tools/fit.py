@@ -23,8 +23,8 @@ class Args:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LAB_OR_CSV")]
     """A lab's folder (LAB/LADDER) or a points CSV."""
     law: tuple[str, ...] = ()
-    """Laws to fit: power-n, power-d, power-c, the same with -offset, chinchilla, chinchilla-tied, kaplan, kaplan-s,
-    repeated; NAME:E=1.7 or NAME:alpha=0.34 pins a parameter; all that the columns allow when not given."""
+    """Laws to fit: power-n, power-d, power-c, power-c-min, the same with -offset, chinchilla, chinchilla-tied, kaplan,
+    kaplan-s, repeated; NAME:E=1.7 or NAME:alpha=0.34 pins a parameter; all that the columns allow when not given."""
     objective: str = "adaptive"
     """adaptive, huber:1e-3 (the literature's), lad, l2-log or l2."""
     bootstrap: int = 4000
@@ -33,6 +33,9 @@ class Args:
     """Of the resamples."""
     count: Literal["total", "body", "body+head"] = "total"
     """Which parameters N counts."""
+    compute: Literal["c", "c_min"] = "c"
+    """What compute and tokens are in the laws of N and D and in what follows from them: as trained, or (c_min, Kaplan's
+    axis) as at a batch far below critical, for rows whose critical batch is measured and calibrated."""
     columns: tuple[str, ...] = ()
     """CSV: our column = the file's, for example loss_nats=val_loss n_params=N."""
     where: tuple[str, ...] = ()
@@ -48,7 +51,7 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.fit.card import read_training, write_card
     from homelab_scaling.fit.fit import fit_points
-    from homelab_scaling.fit.points import Selection, parse_pairs, read_points
+    from homelab_scaling.fit.points import Selection, parse_pairs, read_points, with_c_min
     from homelab_scaling.fit.result import save_fit
 
     selection = Selection(
@@ -57,6 +60,8 @@ def main(args: Args) -> int:
         drop_highest_loss=args.drop_highest_loss,
     )
     table = read_points(args.source, selection)
+    if args.compute == "c_min":
+        table = with_c_min(table)
     report = fit_points(
         table.points,
         table.excluded,
@@ -65,6 +70,7 @@ def main(args: Args) -> int:
         n_bootstrap=args.bootstrap,
         seed=args.seed,
         count=args.count,
+        compute=args.compute,
         source=table.source,
         notes=table.notes,
         with_evidence=True,

@@ -45,13 +45,14 @@ class Args:
 
 
 def main(args: Args) -> int:
-    from homelab_scaling.fit.catalogue import joint_fit, open_fit
+    from homelab_scaling.fit.catalogue import joint_fit, must_be_as_trained, open_fit
     from homelab_scaling.fit.targets import parse_target
     from homelab_scaling.plan.budget import parse_budget
     from homelab_scaling.plan.design import advise
 
     budget = parse_budget(args.budget)
     report = open_fit(args.fit)
+    must_be_as_trained(report)
     fit, law, drawn = joint_fit(report, args.law)
     found = advise(
         report,

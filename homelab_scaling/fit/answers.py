@@ -15,7 +15,7 @@ from homelab_scaling.fit.advice import (
 from homelab_scaling.fit.allocate import parse_worth
 from homelab_scaling.fit.catalogue import joint_fit
 from homelab_scaling.fit.family import OutsideFamily, ShapeFamily
-from homelab_scaling.fit.laws import AXIS_LETTER, Law, get_law
+from homelab_scaling.fit.laws import AXIS_LETTER, CHINCHILLA, Law, get_law
 from homelab_scaling.fit.predict import Forecast, Range, budgets_of, chosen_fit, predict_loss, shown_factor
 from homelab_scaling.fit.result import Draws, FitReport, ScalingFit
 from homelab_scaling.fit.serving import (
@@ -235,7 +235,8 @@ def _of_quality(fit: ScalingFit, drawn: Draws, asked: Questions, known: Range | 
 
 def _of_one(fit: ScalingFit, law: Law, drawn: Draws, asked: Questions) -> dict[str, Any]:
     """A law that knows no split gives a loss, and nothing else."""
-    given = {"n_params": asked.params, "n_tokens": asked.tokens, "flops": asked.flops, "s_min_steps": asked.steps}
+    given = {"n_params": asked.params, "n_tokens": asked.tokens, "s_min_steps": asked.steps}
+    given["c_min_flops" if "c_min_flops" in law.axes else "flops"] = asked.flops
     at = {axis: value for axis, value in given.items() if value is not None}
     other = asked.quality_of is not None or asked.quality_loss is not None
     if other or (set(at) - set(law.axes)):
@@ -332,6 +333,11 @@ def assumptions(report: FitReport, fit: ScalingFit, law: Law, asked: Questions) 
             "Compute is 6 N D with that N"
             + (", or where said the exact matmuls of " + asked.family.words if asked.family else "")
             + ". Outside the measured range the law is assumed to go on as it is."
+        )
+    if report.compute == "c_min" and law.axes == CHINCHILLA.axes:
+        said.append(
+            "Tokens and compute are those of a batch far below critical (--compute c_min): at a batch B take "
+            "(1 + B / B_crit) times as many."
         )
     if asked.inference_tokens is not None:
         said.append(

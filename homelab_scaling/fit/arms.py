@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit import diagnose
-from homelab_scaling.fit.catalogue import CATALOGUE, joint_fit, open_fit
+from homelab_scaling.fit.catalogue import CATALOGUE, joint_fit, must_be_as_trained, open_fit
 from homelab_scaling.fit.laws import Law, Posed, get_law, pin
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import Objective, ObjectiveName, parse_objective
@@ -76,6 +76,7 @@ def open_arm(source: str, count: str | None = None) -> Arm:
         points = apply_count(read_points(path).points, _checked_count(count or "total"))
         return _arm(source, count or "total", points, law=None, drawn=None)
     report = open_fit(source)
+    must_be_as_trained(report)
     fit, law, drawn = joint_fit(report)
     rows = tuple(report.points)
     if not rows and (path / "runs").is_dir():  # a fit from before points were kept beside it

@@ -189,6 +189,19 @@ def open_fit(source: str) -> FitReport:
     raise SpecError(f"{source}: no fit, folder or published law of that name; give a lab, a fit.json or one of {known}")
 
 
+def must_be_as_trained(report: FitReport) -> None:
+    """Refuses a fit whose tokens are not those that runs are trained for.
+
+    Raises:
+        SpecError: it was made with --compute c_min.
+    """
+    if report.compute == "c_min":
+        raise SpecError(
+            f"{report.source}: this fit counts tokens and compute as at a very small batch (--compute c_min), and here "
+            "they must be those that runs train for; fit again without --compute, into another --out if both are wanted"
+        )
+
+
 def joint_fit(report: FitReport, law: str | None = None) -> tuple[ScalingFit, Law, Draws]:
     """The fit of a law of N and D that a question about budgets needs, its law and its draws.
 

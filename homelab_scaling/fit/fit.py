@@ -10,10 +10,10 @@ from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit import checks, diagnose, repeated, underdetermined
 from homelab_scaling.fit.crosscheck import cross_checks
 from homelab_scaling.fit.evidence import gather
-from homelab_scaling.fit.laws import LAWS, MIN_EXPONENT, Law, Posed, get_law
+from homelab_scaling.fit.laws import CHINCHILLA, LAWS, MIN_EXPONENT, Law, Posed, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import ObjectiveName, parse_objective
-from homelab_scaling.fit.points import Count, apply_count
+from homelab_scaling.fit.points import Compute, Count, apply_compute, apply_count
 from homelab_scaling.fit.repeated import REPEATED, RepeatedLaw
 from homelab_scaling.fit.resample import FEW_RUNS, Resamples, budget_strata, clusters, resample
 from homelab_scaling.fit.result import Draws, Estimate, Evidence, FitReport, ScalingFit, draws_name
@@ -24,6 +24,11 @@ from homelab_scaling.runs import Excluded, LossPoint
 N_BOOTSTRAP = 4000
 N_STARTS = {1: 96, 2: 1024}
 FEW_IN_BASIN = 0.01
+SMALL_BATCH = (
+    "in the laws of N and D and in the evidence, tokens and compute are those of a batch far below critical: "
+    "D / (1 + B / B_crit) and C / (1 + B / B_crit); at a batch B take (1 + B / B_crit) times as many"
+)
+"""What `--compute c_min` means."""
 
 
 def fit_points(
@@ -35,6 +40,7 @@ def fit_points(
     n_bootstrap: int = N_BOOTSTRAP,
     seed: int = 0,
     count: Count = "total",
+    compute: Compute = "c",
     source: str = "points",
     notes: Sequence[str] = (),
     with_evidence: bool | None = None,
@@ -47,6 +53,8 @@ def fit_points(
         n_bootstrap: resamples per fit; 0 gives no intervals.
         seed: of the resamples.
         count: which parameters N counts.
+        compute: what C and D are in the laws of N and D and in the evidence; L(N), L(D) and L(C) always keep what was
+            trained, and L(C_min) is fitted beside L(C) wherever every row knows its C_min.
         with_evidence: whether to set other approaches, held-out rows and other counts beside a law of N and D; by
             default only when all laws are fitted. Then the law that hold-out chose is fitted too, pinned or not.
 
@@ -60,12 +68,15 @@ def fit_points(
         raise SpecError(f"{n_bootstrap} bootstrap resamples asked for, wants 0 to 100,000")
     if len(points) < 2:
         raise DataError(f"{source}: {len(points)} points; a law needs at least three, so finish more rungs")
-    table = tabulate(apply_count(tuple(points), count))
+    as_trained = table = tabulate(apply_count(tuple(points), count))
+    as_counted = apply_compute(tuple(points), compute)
+    split = table if compute == "c" else tabulate(apply_count(as_counted, count))
     chosen = chosen or _laws_for(table)
     fits: list[ScalingFit] = []
     draws: dict[str, Draws] = {}
 
     def fit_slices(law: Law) -> None:
+        table = split if law.axes == CHINCHILLA.axes else as_trained
         found = slices_for(law, table) if set(law.axes) <= set(table.columns) else []
         if not found:
             fits.append(_no_slice(law, name, table, excluded))
@@ -85,15 +96,18 @@ def fit_points(
         fit_slices(law)
     evidence: Evidence | None = None
     if (with_evidence is None and not laws) or (with_evidence and any(law.splits for law in chosen)):
-        evidence = gather(points, table, name=name, asked=chosen, n_draws=n_bootstrap, seed=seed)
+        evidence = gather(as_counted, split, name=name, asked=chosen, n_draws=n_bootstrap, seed=seed)
     if evidence and evidence.chosen_law and not laws and evidence.chosen_law not in {law.name for law in chosen}:
         fit_slices(get_law(evidence.chosen_law))
     said = [*notes]
     if any("flops" in law.axes for law in chosen):
         said.append(f"C is {table.flops_from}")
+    if compute == "c_min":
+        said.append(SMALL_BATCH)
     report = FitReport(
         source=source,
         count=count,
+        compute=compute,
         objective=objective,
         n_bootstrap=n_bootstrap,
         seed=seed,

@@ -1,7 +1,8 @@
 """Scaling laws as equations: what they say, where they come from, and how the engine sees them.
 
-Legend:  N parameters, D training tokens, C training FLOPs, S_min optimizer steps at an infinite batch, L loss in nats
-         per token; E irreducible loss [nats], A and B prefactors [nats], alpha and beta exponents [1]
+Legend:  N parameters, D training tokens, C training FLOPs, C_min FLOPs at a batch far below critical, S_min optimizer
+         steps at one far above, L loss in nats per token; E irreducible loss [nats], A and B prefactors [nats], alpha
+         and beta exponents [1]
 
 Most laws are sums of power terms, so log L = log sum_t exp(basis_t . theta) with theta = (log E, log A', ..., alpha,
 ...). Prefactors in theta are centred, A' = A exp(-alpha mean(log N)), which takes the condition number of the problem
@@ -29,6 +30,7 @@ AXIS_LETTER = {
     "n_params": "N",
     "n_tokens": "D",
     "flops": "C",
+    "c_min_flops": "C_min",
     "s_min_steps": "S_min",
     "n_tokens_unique": "U",
 }
@@ -36,6 +38,7 @@ AXIS_UNIT = {
     "n_params": "parameters",
     "n_tokens": "tokens",
     "flops": "FLOPs",
+    "c_min_flops": "FLOPs",
     "s_min_steps": "steps",
     "n_tokens_unique": "unique tokens",
 }
@@ -339,6 +342,8 @@ LAWS: dict[str, Law] = {
         _power("n_tokens", "power-d", "B", "beta", True),
         _power("flops", "power-c", "K", "gamma", False),
         _power("flops", "power-c", "K", "gamma", True),
+        _power("c_min_flops", "power-c-min", "K", "gamma", False),
+        _power("c_min_flops", "power-c-min", "K", "gamma", True),
         CHINCHILLA,
         replace(
             CHINCHILLA,

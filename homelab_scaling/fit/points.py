@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from homelab_scaling.errors import DataError
-from homelab_scaling.runs import Excluded, LossPoint, read_runs
+from homelab_scaling.runs import Excluded, LossPoint, read_runs, why_not_corrected
 
 Count = Literal["total", "body", "body+head"]
+Compute = Literal["c", "c_min"]
+"""C as it was spent, or what a batch far below critical would have needed for the same loss (Kaplan's axis)."""
 
 MAX_ROWS = 100_000
 POSITIVE = ("n_params", "n_tokens", "loss_nats", "flops", "n_body", "n_embed", "n_tokens_unique", "bpb", "c_min_flops")
@@ -30,6 +32,8 @@ class PointTable:
     points: tuple[LossPoint, ...]
     excluded: tuple[Excluded, ...]
     notes: tuple[str, ...] = ()
+    why_no_c_min: str | None = None
+    """Why no row has its C_min, where that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,12 @@ def read_points(source: Path, selection: Selection | None = None) -> PointTable:
         if selection.columns or selection.where:
             raise DataError(f"{source}: --columns and --where are for CSV files, and this is a folder; drop them")
         points, excluded = read_runs(source)
-        table = PointTable(source=source.name or str(source), points=tuple(points), excluded=tuple(excluded))
+        table = PointTable(
+            source=source.name or str(source),
+            points=tuple(points),
+            excluded=tuple(excluded),
+            why_no_c_min=why_not_corrected(source),
+        )
     else:
         table = _read_csv(source, selection)
     table = _drop_unfinished(table)
@@ -317,4 +326,45 @@ def apply_count(points: tuple[LossPoint, ...], count: Count) -> tuple[LossPoint,
                     "fill it in or use --count total"
                 )
         counted.append(dataclasses.replace(point, n_params=float(sum(parts))))
+    return tuple(counted)
+
+
+def with_c_min(table: PointTable) -> PointTable:
+    """The rows whose C_min is known; the others are left out with the reason.
+
+    Raises:
+        DataError: no row has it.
+    """
+    kept = tuple(p for p in table.points if p.c_min_flops is not None)
+    if not kept:
+        why = table.why_no_c_min or "its columns have no c_min_flops"
+        raise DataError(
+            f"{table.source}: no row knows its C_min ({why}); measure the critical batch with `homelab batch-size "
+            "LADDER --verify` and fit again, or drop --compute"
+        )
+    gone = tuple(
+        Excluded(row_id=_name(p, i), reason="its C_min is not known: no calibrated critical batch for its rung")
+        for i, p in enumerate(table.points)
+        if p.c_min_flops is None
+    )
+    return dataclasses.replace(table, points=kept, excluded=table.excluded + gone)
+
+
+def apply_compute(points: tuple[LossPoint, ...], compute: Compute) -> tuple[LossPoint, ...]:
+    """The points with compute and tokens counted as asked for: as spent, or as at a batch far below critical.
+
+    There a run takes D_min = D / (1 + B / B_crit) tokens and C_min = C / (1 + B / B_crit) FLOPs to the same loss, so
+    that C_min = 6 N D_min as far as C = 6 N D.
+
+    Raises:
+        DataError: a row does not know its C_min.
+    """
+    if compute == "c":
+        return points
+    counted = []
+    for index, point in enumerate(points):
+        if point.c_min_flops is None:
+            raise DataError(f"{_name(point, index)}, column c_min_flops is empty, and --compute c_min needs it")
+        share = point.c_min_flops / (point.flops or 6 * point.n_params * point.n_tokens)
+        counted.append(dataclasses.replace(point, n_tokens=share * point.n_tokens, flops=point.c_min_flops))
     return tuple(counted)

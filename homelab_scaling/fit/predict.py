@@ -14,7 +14,7 @@ from homelab_scaling.fit import allocate
 from homelab_scaling.fit.allocate import Terms
 from homelab_scaling.fit.laws import AXIS_LETTER, Law, get_law
 from homelab_scaling.fit.models import Array
-from homelab_scaling.fit.points import Count, apply_count
+from homelab_scaling.fit.points import Compute, Count, apply_compute, apply_count
 from homelab_scaling.fit.result import Draws, Estimate, FitReport, ScalingFit
 
 Range = tuple[float, float]
@@ -157,7 +157,7 @@ def budgets_of(report: FitReport, fit: ScalingFit) -> Range:
     if report.points and "flops" not in fit.ranges:
         gone = {one.row_id for one in fit.excluded}
         kept = tuple(p for p in report.points if p.row_id is None or p.row_id not in gone)
-        rows = apply_count(kept, count_of(report))
+        rows = apply_count(apply_compute(kept, compute_of(report)), count_of(report))
         spent = [6.0 * p.n_params * p.n_tokens for p in rows]
         return min(spent), max(spent)
     if "flops" in fit.ranges:
@@ -177,6 +177,11 @@ def count_of(report: FitReport) -> Count:
         if count == report.count:
             return cast(Count, count)
     raise SpecError(f"{report.source}: N is counted as {report.count!r}; wants {', '.join(get_args(Count))}")
+
+
+def compute_of(report: FitReport) -> Compute:
+    """What C and D are in a report's laws of N and D."""
+    return "c_min" if report.compute == "c_min" else "c"
 
 
 def _corners(fit: ScalingFit) -> Range:

@@ -181,6 +181,8 @@ class FitReport:
     """About the design as a whole; each fit has its own as well."""
     evidence: Evidence | None = None
     """None where no L(N, D) could be fitted, or it was not asked for."""
+    compute: str = "c"
+    """What C and D are in the laws of N and D: `c` as trained, `c_min` as at a batch far below critical."""
     draws: dict[str, "Draws"] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Draws file -> its content; filled after making, and kept out of the JSON."""
     points: list[LossPoint] = field(default_factory=list, init=False, repr=False, compare=False)

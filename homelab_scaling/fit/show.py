@@ -20,6 +20,7 @@ def fit_page(report: FitReport) -> Iterator["Table | str"]:
     yield (
         f"{report.source}: {report.n_points} points from {report.n_runs} runs; N counts {report.count}; "
         f"objective {report.objective}; {report.n_bootstrap:,} resamples"
+        + ("; C is C_min" if report.compute == "c_min" else "")
     )
     yield _laws(report)
     siblings = _siblings(report)

@@ -32,7 +32,7 @@ class Table:
 
     points: tuple[LossPoint, ...]
     columns: dict[str, Array]
-    """n_params, n_tokens, flops; s_min_steps and n_tokens_unique where every row has them."""
+    """n_params, n_tokens, flops; c_min_flops, s_min_steps and n_tokens_unique where every row has them."""
     losses: Array
     run_ids: list[str]
     flops_from: str
@@ -49,7 +49,7 @@ def tabulate(points: tuple[LossPoint, ...]) -> Table:
     d = np.array([p.n_tokens for p in points], dtype=np.float64)
     flops = _known(points, "flops")
     columns = {"n_params": n, "n_tokens": d, "flops": 6 * n * d if flops is None else flops}
-    for name in ("s_min_steps", "n_tokens_unique"):
+    for name in ("c_min_flops", "s_min_steps", "n_tokens_unique"):
         column = _known(points, name)
         if column is not None:
             columns[name] = column
@@ -85,8 +85,8 @@ def slices_for(law: Law, table: Table) -> list[Slice]:
         return _at_levels(table, fixed="n_tokens", varied="n_params", letter="D", unit="tokens")
     if law.axes == ("n_tokens",):
         return _at_levels(table, fixed="n_params", varied="n_tokens", letter="N", unit="parameters")
-    if law.axes == ("flops",):
-        rows = frontier(table.columns["flops"], table.losses)
+    if law.axes in (("flops",), ("c_min_flops",)):
+        rows = frontier(table.columns[law.axes[0]], table.losses)
         return [
             Slice(
                 rows=rows,

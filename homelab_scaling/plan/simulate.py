@@ -16,7 +16,7 @@ import numpy as np
 
 from homelab_scaling.errors import SpecError
 from homelab_scaling.fit import diagnose
-from homelab_scaling.fit.catalogue import CATALOGUE, joint_fit, open_fit
+from homelab_scaling.fit.catalogue import CATALOGUE, joint_fit, must_be_as_trained, open_fit
 from homelab_scaling.fit.laws import Law, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import parse_objective
@@ -153,6 +153,7 @@ def open_truth(source: str, law: str | None = None) -> Truth:
     if source in CATALOGUE and not get_law(CATALOGUE[source].law).splits:
         raise SpecError(f"--simulate {source}: {CATALOGUE[source].law} is no law of N and D; choose hoffmann-2022")
     report = open_fit(source)
+    must_be_as_trained(report)
     fit, chosen, drawn = joint_fit(report, law)
     count: Count = report.count  # type: ignore[assignment]
     return Truth(

@@ -29,6 +29,8 @@ from homelab_scaling.report.words import (
 )
 from homelab_scaling.runs import to_point
 
+KAPLAN_C_MIN = 0.050
+"""Exponent of L(C_min), eq. 1.3."""
 TIGHT, LOOSE = 0.10, 0.35
 """Half-width of a 95 % interval, as a share of the value: below is well, above is poorly determined."""
 
@@ -74,7 +76,14 @@ def answer(view: LabView) -> list[Block]:
         blocks.append(Facts(items=tuple(facts)))
     findings = [
         text
-        for text in (_order(view), _joint_law(view), _chosen_law(view), _compute_law(view), _how_sure(view, sized))
+        for text in (
+            _order(view),
+            _joint_law(view),
+            _chosen_law(view),
+            _compute_law(view),
+            _small_batch_law(view),
+            _how_sure(view, sized),
+        )
         if text
     ]
     if findings:
@@ -200,6 +209,21 @@ def _compute_law(view: LabView) -> str | None:
     )
 
 
+def _small_batch_law(view: LabView) -> str | None:
+    """Kaplan's axis beside ours, where the critical batch is known."""
+    fit, spent = main_fit(view.fit, "power-c-min"), main_fit(view.fit, "power-c")
+    if fit is None or fit.derived["exponent"].value is None:
+        return None
+    exponent = fit.derived["exponent"]
+    beside = spent.derived["exponent"].value if spent else None
+    against = "" if beside is None else f"; against the compute that was spent it is {brief(beside)}"
+    return (
+        f"Against C_min, what a batch far below critical would have needed for the same loss, the frontier falls as "
+        f"C_min^-{brief(exponent.value or 0.0)} (exponent{in_brackets(exponent)}){against}. Kaplan et al. 2020 give "
+        f"{KAPLAN_C_MIN:.3f} on this axis."
+    )
+
+
 def _how_sure(view: LabView, fit: ScalingFit | None) -> str | None:
     if fit is None or fit.derived["exponent"].value is None or fit.derived["exponent"].ci95 is None:
         return None
@@ -258,7 +282,7 @@ def _ranges(report: FitReport) -> str:
         for axis, (low, high) in fit.ranges.items():
             known = widest.get(axis, (low, high))
             widest[axis] = (min(low, known[0]), max(high, known[1]))
-    words = {axis: (short if axis != "flops" else "{:.2e}".format) for axis in widest}
+    words = {axis: ("{:.2e}".format if axis.endswith("flops") else short) for axis in widest}
     return listed(
         [f"{AXIS_LETTER[a]} from {words[a](lo)} to {words[a](hi)} {AXIS_UNIT[a]}" for a, (lo, hi) in widest.items()]
     )
@@ -276,7 +300,7 @@ def how_to_repeat(view: LabView) -> list[Block]:
         f = view.fit
         lines.append(
             f"homelab fit LAB/{view.name} --objective {f.objective} --bootstrap {f.n_bootstrap} --seed {f.seed} "
-            f"--count {f.count}"
+            f"--count {f.count}" + (f" --compute {f.compute}" if f.compute != "c" else "")
         )
     lines.append(f"homelab report LAB/{view.name}")
     if view.runs:

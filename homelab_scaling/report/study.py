@@ -9,12 +9,13 @@ import numpy as np
 
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit.card import FitCard, Training, fit_card
-from homelab_scaling.fit.catalogue import joint_fit
+from homelab_scaling.fit.catalogue import joint_fit, must_be_as_trained
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import parse_objective
 from homelab_scaling.fit.onlaw import JointLaw, LawCheck, TrunkCurve, check_curve, check_decayed
-from homelab_scaling.fit.points import apply_count
+from homelab_scaling.fit.points import apply_compute, apply_count
+from homelab_scaling.fit.predict import compute_of, count_of
 from homelab_scaling.fit.reconcile import N_DRAWS, Reconciliation, on_the_way, reconcile
 from homelab_scaling.fit.resample import FEW_RUNS
 from homelab_scaling.fit.result import FitReport, HoldOut
@@ -58,12 +59,12 @@ class Study:
 
     @cached_property
     def table(self) -> Table | None:
-        """The fitted rows as columns, N counted as the fit counts."""
+        """The fitted rows as columns, N, C and D counted as the fit's laws of N and D count them."""
         report = self.view.fit
         if report is None or not report.points:
             return None
         try:
-            return tabulate(apply_count(tuple(report.points), report.count))  # type: ignore[arg-type]
+            return tabulate(apply_count(apply_compute(tuple(report.points), compute_of(report)), count_of(report)))
         except HomelabError:
             return None
 
@@ -93,7 +94,10 @@ class Study:
     def checks(self) -> list[LawCheck]:
         """Whether the unfinished runs are on the law; nothing where there is no law."""
         waiting = [run for run in self.view.runs if run.status != "finished"]
-        return [] if self.joint is None or self.view.fit is None else check_runs(self.view, self.view.fit, waiting)
+        fit = self.view.fit
+        if self.joint is None or fit is None or compute_of(fit) == "c_min":
+            return []
+        return check_runs(self.view, fit, waiting)
 
     @cached_property
     def card(self) -> FitCard | None:
@@ -150,7 +154,12 @@ def _fold(table: Table, name: str, largest: float, report: FitReport) -> Fold:
 
 
 def check_runs(view: "LabView", report: FitReport, chosen: "Sequence[RunView]") -> list[LawCheck]:
-    """Each run by its trunk where finished trunks show what to expect, else by its decayed rows."""
+    """Each run by its trunk where finished trunks show what to expect, else by its decayed rows.
+
+    Raises:
+        SpecError: the fit has no law of N and D as trained.
+    """
+    must_be_as_trained(report)
     fit, law, draws = joint_fit(report)
     joint = JointLaw(fit=fit, law=law, draws=draws)
     curves = {run.run_id: _trunk(run, report.count) for run in view.runs}

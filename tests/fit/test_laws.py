@@ -17,6 +17,7 @@ GRID = {
     "n_tokens": np.tile(np.geomspace(1e8, 1e11, 5), 6),
 }
 GRID |= {"flops": 6 * GRID["n_params"] * GRID["n_tokens"], "s_min_steps": GRID["n_tokens"] / 5e5}
+GRID |= {"c_min_flops": GRID["flops"] / 1.2}
 TRUTH = {
     "power-n": {"A": 30.0, "alpha": 0.09},
     "power-n-offset": {"E": 1.7, "A": 300.0, "alpha": 0.3},
@@ -24,6 +25,8 @@ TRUTH = {
     "power-d-offset": {"E": 1.9, "B": 500.0, "beta": 0.33},
     "power-c": {"K": 25.0, "gamma": 0.05},
     "power-c-offset": {"E": 1.8, "K": 800.0, "gamma": 0.16},
+    "power-c-min": {"K": 11.0, "gamma": 0.05},
+    "power-c-min-offset": {"E": 1.8, "K": 800.0, "gamma": 0.16},
     "chinchilla": {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37},
     "chinchilla-tied": {"E": 1.8, "A": 480.0, "B": 1500.0, "alpha": 0.35, "beta": 0.35},
     "kaplan": {"N_c": 6.4e13, "D_c": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103},
