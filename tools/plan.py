@@ -50,6 +50,7 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.batch.advice import advised_batches
     from homelab_scaling.plan.cost import measured_rates
+    from homelab_scaling.plan.ddp_times import read_ddp
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
     from homelab_scaling.plan.machine import machine_for
     from homelab_scaling.plan.show import plan_page
@@ -68,6 +69,7 @@ def main(args: Args) -> int:
             box,
             shards="../../shards" if ladder.data.shards is None else str(shards),
             measured=measured,
+            ddp=read_ddp(args.lab),
             advised=advised,
             watts=args.watts,
             folder=path.parent,

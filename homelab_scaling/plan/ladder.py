@@ -16,6 +16,7 @@ from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan import cost
 from homelab_scaling.plan.cost import MeasuredRate
+from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Totals
 from homelab_scaling.plan.rung import Given, plan_rung
 from homelab_scaling.specs import CorpusManifest, ExecutionSpec, RunSpec, Schedule, ScienceSpec, make_run_id
@@ -98,6 +99,7 @@ def plan_ladder(
     *,
     shards: str = "../../shards",
     measured: Sequence[MeasuredRate] = (),
+    ddp: DdpMeasurement | None = None,
     advised: Mapping[str, AdvisedBatch] | None = None,
     watts: float | None = None,
     folder: Path = Path(),
@@ -108,6 +110,7 @@ def plan_ladder(
         corpus: None plans without data: vocabulary assumed from the tokenizer's name, no epochs, no runs.
         shards: how the run specs name the shards' folder: absolute, or relative to a run's folder.
         measured: speeds from earlier records; they replace assumptions.
+        ddp: what `homelab ddp` measured on this machine.
         advised: measured batches by rung, for those to which the ladder gives none.
         watts: stated power of the whole machine under load.
         folder: what a tokenizer's path is relative to.
@@ -126,6 +129,7 @@ def plan_ladder(
         n_vocab=n_vocab,
         val_tokens=_val_tokens(ladder, corpus),
         measured=measured,
+        ddp=ddp,
         advised=advised or {},
         watts=watts,
         warn=warnings.append,

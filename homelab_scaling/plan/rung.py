@@ -13,6 +13,7 @@ from homelab_scaling.ladder import Ladder, Rung
 from homelab_scaling.plan import cost, memory, noise, rules
 from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import count_params, flops_6nd_per_token, flops_per_token
+from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.memory import LossPath, VramEstimate
 from homelab_scaling.plan.parts import (
     AdvisedBatch,
@@ -45,6 +46,7 @@ class Given:
     measured: Sequence[MeasuredRate]
     watts: float | None
     warn: Callable[[str], None]
+    ddp: DdpMeasurement | None = None
     advised: Mapping[str, AdvisedBatch] = field(default_factory=dict)
     """Measured batches by rung, for those to which the ladder gives none."""
 
@@ -69,6 +71,7 @@ def plan_rung(given: Given, rung: Rung) -> RungPlan:
         activation_checkpointing=given.ladder.train.activation_checkpointing,
         sharding=given.ladder.train.sharding,
         measured=given.measured,
+        ddp=given.ddp,
     )
     launches = plan_launches(given, rung, training, placement, rate)
     bill = plan_bill(given, size=size, training=training, placement=placement, launches=launches, rate=rate)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from homelab_scaling.box import Box
 from homelab_scaling.ladder import TrainTable
 from homelab_scaling.plan.cost import measured_rates
+from homelab_scaling.plan.ddp_times import read_ddp
 from homelab_scaling.plan.timetable import Timetable
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec
@@ -97,6 +98,7 @@ def run_all(
         n_slots=len(slots),
         train=train,
         measured=measured_rates([lab]) if lab else (),
+        ddp=read_ddp(lab.parent) if lab else None,
     )
     placer.refuse_what_fits_nowhere([task.spec for task in tasks])
     refuse_unknown_money(limits, [spec for spec, _ in runs], box)

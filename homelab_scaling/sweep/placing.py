@@ -13,6 +13,7 @@ from homelab_scaling.ladder import TrainTable
 from homelab_scaling.plan import cost, memory
 from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import flops_per_token
+from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.rules import tokens_trained
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import ModelShape, OptimizerName, RunSpec
@@ -29,6 +30,8 @@ class Placer:
     train: TrainTable | None = None
     """The ladder's [train]; None keeps the ranks and the micro-batch that each spec has."""
     measured: Sequence[MeasuredRate] = ()
+    ddp: DdpMeasurement | None = None
+    """What `homelab ddp` measured here, by which the model knows what a second card brings."""
 
     def widths(self, spec: RunSpec) -> tuple[int, ...]:
         """Numbers of slots that this run may have, as far as its batch divides; a CPU slot holds all its ranks."""
@@ -105,6 +108,7 @@ class Placer:
             activation_checkpointing=execution.activation_checkpointing,
             sharding=execution.sharding,
             measured=measured,
+            ddp=self.ddp,
         )
 
     def seconds(self, spec: RunSpec) -> float | None:

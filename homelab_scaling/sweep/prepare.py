@@ -14,6 +14,7 @@ from homelab_scaling.data.shards import build_shards, open_shards
 from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.cost import measured_rates
+from homelab_scaling.plan.ddp_times import read_ddp
 from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunFolder, flock, run_folders
@@ -91,6 +92,7 @@ def make_plan(experiment: Experiment, corpus: CorpusManifest | None, *, advised:
         experiment.box,
         shards=experiment.shards_reference,
         measured=measured_rates([experiment.lab]),
+        ddp=read_ddp(experiment.lab.parent),
         advised=advised_batches(experiment.lab) if advised else None,
         folder=experiment.ladder_file.parent,
     )

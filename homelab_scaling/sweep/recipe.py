@@ -15,6 +15,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.errors import HomelabError, Stopped
 from homelab_scaling.specs import WatchLimits
 from homelab_scaling.watch import link
+from homelab_scaling.watch.p2p import nccl_environment
 from homelab_scaling.watch.start import start_watchdog
 
 RECORD_TELLS = "HOMELAB_RECORD_TELLS"
@@ -59,7 +60,7 @@ def environment() -> dict[str, str]:
         # How long a CPU thread spins at a barrier before it sleeps. libgomp's 300,000 turns are 3 to 11 % faster on an
         # idle box and up to 6 times slower as soon as something else wants a core (2 cores, recipes/LOG.md).
         chosen["GOMP_SPINCOUNT"] = "10000"
-    return {**os.environ, **chosen}
+    return {**os.environ, **chosen, **nccl_environment()}
 
 
 def see_to_watchdog(lab: Path, watch: WatchLimits, *, on_gpu: bool, say: Callable[[str], None]) -> None:
