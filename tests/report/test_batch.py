@@ -9,6 +9,9 @@ from planted_batches import add_noise, b_simple, make_advice
 from homelab_scaling import codec
 from homelab_scaling.batch.advice import batch_file, read_advice
 from homelab_scaling.batch.priors import kaplan_critical_tokens
+from homelab_scaling.fit.fit import fit_points
+from homelab_scaling.fit.points import read_points, with_c_min
+from homelab_scaling.fit.result import save_fit
 from homelab_scaling.report import tensorboard
 from homelab_scaling.report.batch import batches
 from homelab_scaling.report.collect import collect
@@ -196,3 +199,39 @@ def test_the_numbers_are_in_tensorboard_too(trained):
 def test_names_with_an_index_are_set():
     assert inline("B_crit and B_simple, S_min") == "B<sub>crit</sub> and B<sub>simple</sub>, S<sub>min</sub>"
     assert inline("batch_tokens") == "batch_tokens"
+
+
+def fitted(lab, **choices):
+    table = with_c_min(read_points(lab))
+    report = fit_points(table.points, table.excluded, source=table.source, n_bootstrap=0, **choices)
+    save_fit(report, lab / "fit")
+    return report
+
+
+def test_both_exponents_of_compute_are_told(synthetic):
+    for rung in ("67k", "127k", "289k", "545k"):
+        synthetic.run(rung)
+    shapes = {**SHAPES, "545k": (3, 96, 3)}
+    make_advice(shapes, synthetic.lab)
+    report = fitted(synthetic.lab, laws=("power-n", "power-c", "power-c-min"))
+    text = to_markdown("t", tell(collect(synthetic.lab), []))
+    spent, least = (report.get(law).derived["exponent"].value for law in ("power-c", "power-c-min"))
+    assert f"falls as C_min^-{least:.3g}" in text and f"against the compute that was spent it is {spent:.3g}" in text
+    assert "Kaplan et al. 2020 give 0.050 on this axis" in text
+    assert "L = K C_min^-gamma" in text
+    (row,) = [p for p in report.points if p.row_id.startswith("67k") and p.n_tokens == 2_998_272]
+    b_crit = read_advice(synthetic.lab).rungs[0].b_crit.value
+    assert row.c_min_flops == pytest.approx(row.flops / (1 + 4096 / b_crit))
+
+
+def test_a_fit_by_c_min_has_a_whole_report(synthetic):
+    for rung in SHAPES:
+        synthetic.run(rung)
+    synthetic.run("545k", "running", "in progress")
+    make_advice({**SHAPES, "545k": (3, 96, 3)}, synthetic.lab)
+    report = fitted(synthetic.lab, laws=("power-n", "power-c", "chinchilla"), compute="c_min")
+    text = to_markdown("t", tell(collect(synthetic.lab), []))
+    assert "--count total --compute c_min" in text and "far below critical" in text
+    view = collect(synthetic.lab)
+    assert view.study.checks == []  # its tokens are not those that the run trains for
+    assert view.study.table.columns["flops"] == pytest.approx([p.c_min_flops for p in report.points])
