@@ -4,6 +4,8 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +31,7 @@ from homelab_scaling.specs import (
 from homelab_scaling.train.hooks import Hooks
 
 N_VOCAB, EOT, CONTEXT = 100, 99, 16
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "pretrain.py"
 
 
 def write_shards(folder: Path) -> CorpusManifest:
@@ -127,6 +130,18 @@ def train_here(spec: RunSpec, folder: RunFolder, extra_hooks: list[Any] | None =
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return train(spec, folder, started=time.monotonic(), extra_hooks=extra_hooks)
+
+
+def train_on_ranks(folder: RunFolder, n_ranks: int) -> None:
+    """Trains in processes of their own, over gloo, as `accelerate launch` starts them."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(n_ranks)),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(RECIPE), "--spec", str(folder.spec)),
+    ]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 class KillAt(Hooks):

@@ -3,11 +3,7 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise_ranks import norms_by_separate_passes
 from torch import nn
-from toy_run import CONTEXT, StopAt, kill_at, steps_of, train_here
+from toy_run import CONTEXT, StopAt, kill_at, steps_of, train_here, train_on_ranks
 
 from homelab_scaling import codec
 from homelab_scaling.batch.estimator import NoiseMeasurement, noise_scale
@@ -31,8 +27,6 @@ from homelab_scaling.train.noise_log import said_of
 from homelab_scaling.train.noise_windows import run_windows, warmup_windows
 from homelab_scaling.train.passes import Passes
 from homelab_scaling.train.schedule import Phase, phases
-
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "pretrain.py"
 
 
 def noise_of(folder: RunFolder) -> list[dict[str, Any]]:
@@ -264,14 +258,7 @@ def test_two_launched_ranks_write_the_lines_of_one(make_run) -> None:
     spec, alone = make_run(lab="one", microbatch_seqs_per_rank=2, **settings)
     train_here(spec, alone)
     spec, folder = make_run(lab="two", microbatch_seqs_per_rank=2, n_processes=2, **settings)
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(RECIPE), "--spec", str(folder.spec)),
-    ]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_on_ranks(folder, 2)
     one, two = noise_of(alone), noise_of(folder)
     assert len(one) == len(two) >= 2
     for a, b in zip(one, two, strict=True):
