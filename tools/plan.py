@@ -49,6 +49,7 @@ class Args:
 
 def main(args: Args) -> int:
     from homelab_scaling.batch.advice import advised_batches
+    from homelab_scaling.batch.bracket import tuned_rates
     from homelab_scaling.plan.cost import measured_rates
     from homelab_scaling.plan.ddp_times import read_ddp
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
@@ -71,6 +72,7 @@ def main(args: Args) -> int:
             measured=measured,
             ddp=read_ddp(args.lab),
             advised=advised,
+            tuned=tuned_rates(args.lab / ladder.name),
             watts=args.watts,
             folder=path.parent,
         )

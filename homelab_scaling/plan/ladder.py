@@ -19,6 +19,7 @@ from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Totals
 from homelab_scaling.plan.rung import Given, plan_rung
+from homelab_scaling.plan.tuned import TunedRates, cost_words
 from homelab_scaling.specs import CorpusManifest, ExecutionSpec, RunSpec, Schedule, ScienceSpec, make_run_id
 
 BPE_VOCAB_RANGE = range(257, 1_000_001)
@@ -101,6 +102,7 @@ def plan_ladder(
     measured: Sequence[MeasuredRate] = (),
     ddp: DdpMeasurement | None = None,
     advised: Mapping[str, AdvisedBatch] | None = None,
+    tuned: TunedRates | None = None,
     watts: float | None = None,
     folder: Path = Path(),
 ) -> Plan:
@@ -112,6 +114,7 @@ def plan_ladder(
         measured: speeds from earlier records; they replace assumptions.
         ddp: what `homelab ddp` measured on this machine.
         advised: measured batches by rung, for those to which the ladder gives none.
+        tuned: rates tuned on the smallest rungs, for a ladder with [lr] bracket.
         watts: stated power of the whole machine under load.
         folder: what a tokenizer's path is relative to.
 
@@ -131,11 +134,16 @@ def plan_ladder(
         measured=measured,
         ddp=ddp,
         advised=advised or {},
+        tuned=tuned,
         watts=watts,
         warn=warnings.append,
     )
     rungs = tuple(plan_rung(given, rung) for rung in ladder.rungs)
     warnings.extend(_across_rungs(ladder, rungs))
+    if (
+        tuning := cost_words(ladder, rungs, {r.name for r in tuned.rungs} | set(tuned.kept) if tuned else ())
+    ) is not None:
+        warnings.append(tuning)
     runs: tuple[RunSpec, ...] = ()
     if corpus is not None:
         runs = tuple(

@@ -28,6 +28,7 @@ from homelab_scaling.plan.parts import (
     Training,
 )
 from homelab_scaling.plan.rules import gap
+from homelab_scaling.plan.tuned import TunedRates
 from homelab_scaling.specs import CorpusManifest, ModelShape, OptimizerName, Precision
 
 FP32_BELOW_WIDTH_ON_CPU = 256
@@ -49,6 +50,8 @@ class Given:
     ddp: DdpMeasurement | None = None
     advised: Mapping[str, AdvisedBatch] = field(default_factory=dict)
     """Measured batches by rung, for those to which the ladder gives none."""
+    tuned: TunedRates | None = None
+    """Rates tuned on the smallest rungs, where the ladder asks for that."""
 
 
 def plan_rung(given: Given, rung: Rung) -> RungPlan:
@@ -159,6 +162,7 @@ def plan_training(given: Given, rung: Rung, size: Size) -> Training:
         lr = rules.scaled_lr(lr, rung, ladder.lr, advised.lr_scale)
     elif source not in ("rung", "ladder"):
         lr = rules.scaled_lr(lr, rung, ladder.lr, rules.unmeasured_lr_scale(ladder.lr, batch))
+    lr = _tuned(given, rung, size, batch, lr)
     warmup = rules.warmup_tokens(ladder.schedule.warmup_frac, tokens[0], batch)
     if ladder.schedule.name == "wsd":
         _check_decays(given, rung.name, tokens, batch, warmup)
@@ -194,6 +198,25 @@ def _advised(given: Given, rung: Rung, size: Size) -> AdvisedBatch | None:
         )
         return None
     return found
+
+
+def _tuned(given: Given, rung: Rung, size: Size, batch: int, lr: rules.Choice) -> rules.Choice:
+    """The rung's rate by lr.json: its own where it was tuned or had begun, else the rule's times what tuning found."""
+    tuned, table = given.tuned, given.ladder.lr
+    if tuned is None or not table.bracket or rung.lr_peak is not None:
+        return lr
+    if (other := tuned.holds_for(table, given.corpus.data_id if given.corpus else None)) is not None:
+        given.warn(f"rung {rung.name}: lr.json holds rates tuned for {other}, so they are not taken")
+        return lr
+    if rung.name in tuned.kept:
+        return rules.Choice(value=tuned.kept[rung.name], source="begun before tuning")
+    own = tuned.rung(rung.name)
+    if own is not None and (own.shape, own.batch_tokens) == (size.shape, batch):
+        return rules.Choice(value=own.lr_peak, source="tuned")
+    if not tuned.rungs:
+        return lr
+    factor = tuned.factor(size.params.n_body)
+    return rules.Choice(value=lr.value * factor, source=f"{lr.source} x {factor:.2f}, {tuned.source}")
 
 
 def _batch(given: Given, rung: Rung, size: Size, advised: AdvisedBatch | None) -> tuple[int, int, str]:

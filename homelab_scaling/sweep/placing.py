@@ -15,7 +15,7 @@ from homelab_scaling.plan.cost import MeasuredRate, Rate
 from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.rules import tokens_trained
-from homelab_scaling.runs import RunFolder
+from homelab_scaling.runs import RUNS_FOLDERS, RunFolder
 from homelab_scaling.specs import ModelShape, OptimizerName, RunSpec
 from homelab_scaling.sweep.slots import Job, Unit
 
@@ -247,4 +247,4 @@ def flops_of(spec: RunSpec) -> float:
 def lab_of_runs(runs: Sequence[tuple[RunSpec, RunFolder]]) -> Path:
     """LAB/<ladder>, in whose runs/ the folders lie."""
     parent = runs[0][1].path.resolve().parent
-    return parent.parent if parent.name == "runs" else parent
+    return parent.parent if parent.name in RUNS_FOLDERS else parent

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from homelab_scaling import codec
 from homelab_scaling.batch.advice import advised_batches
+from homelab_scaling.batch.bracket import tuned_rates
 from homelab_scaling.box import Box, detect_box
 from homelab_scaling.data.progress import show_progress
 from homelab_scaling.data.shards import build_shards, open_shards
@@ -80,11 +81,14 @@ def ensure_corpus(experiment: Experiment) -> CorpusManifest:
         )
 
 
-def make_plan(experiment: Experiment, corpus: CorpusManifest | None, *, advised: bool = True) -> Plan:
+def make_plan(
+    experiment: Experiment, corpus: CorpusManifest | None, *, advised: bool = True, tuned: bool = True
+) -> Plan:
     """The plan for what is known so far.
 
     Args:
-        advised: obey the lab's batch.json; False is the plan as the ladder alone would have it.
+        advised: obey the lab's batch.json and lr.json; False is the plan as the ladder alone would have it.
+        tuned: obey lr.json.
     """
     return plan_ladder(
         experiment.ladder,
@@ -94,6 +98,7 @@ def make_plan(experiment: Experiment, corpus: CorpusManifest | None, *, advised:
         measured=measured_rates([experiment.lab]),
         ddp=read_ddp(experiment.lab.parent),
         advised=advised_batches(experiment.lab) if advised else None,
+        tuned=tuned_rates(experiment.lab) if advised and tuned else None,
         folder=experiment.ladder_file.parent,
     )
 

@@ -23,7 +23,7 @@ from typing import Literal, TypeVar
 
 from homelab_scaling import codec
 from homelab_scaling.errors import HomelabError
-from homelab_scaling.runs import RunFolder
+from homelab_scaling.runs import RUNS_FOLDERS, RunFolder
 from homelab_scaling.specs import WatchLimits
 from homelab_scaling.watch.readings import CardFacts, CardReading
 
@@ -211,7 +211,7 @@ def machine_folder(lab: Path) -> MachineFolder:
 def lab_of(folder: RunFolder) -> Path:
     """The folder of labs that a run lies in: LAB of LAB/<ladder>/runs/<run_id>."""
     parents = folder.path.resolve().parents
-    return parents[2] if len(parents) > 2 and parents[0].name == "runs" else parents[0]
+    return parents[2] if len(parents) > 2 and parents[0].name in RUNS_FOLDERS else parents[0]
 
 
 @contextlib.contextmanager
