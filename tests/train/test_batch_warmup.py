@@ -1,5 +1,6 @@
 """A batch that starts small: the same text, the rate by the square root, doubled when the noise scale says so."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from short_of_memory import shorten
-from toy_run import StopAt, kill_at, train_here
+from toy_run import StopAt, kill_at, train_here, train_on_ranks
 
 from homelab_scaling import codec
 from homelab_scaling.errors import SpecError, Stopped
@@ -203,3 +204,56 @@ def test_memory_that_runs_out_in_the_warm_up_repeats_no_update(make_run, monkeyp
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != losses[1]
     raw = [(x["k"], x["microbatch_seqs"]) for x in codec.read_jsonl(folder.path / "noise.jsonl")]
     assert raw == [(4, 2)] * 7 + [(8, 1)] * 9, "8 steps of 2 updates"
+
+
+class Compiled:
+    """A backend that compiles nothing and remembers the sizes of the batches that it was asked to compile for."""
+
+    def __init__(self) -> None:
+        self.sizes: list[Any] = []
+
+    def __call__(self, graph: Any, inputs: list[Any]) -> Any:
+        tokens = [x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64]
+        self.sizes += [x.shape[0] for x in tokens] + [x for x in inputs if isinstance(x, torch.SymInt)]
+        return graph.forward
+
+    def install(self, model: LanguageModel, mode: str = "default") -> None:
+        model._compiled_backbone = torch.compile(model._hidden_states, backend=self)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own internals
+def test_a_compiled_model_is_compiled_once_for_each_size_and_for_no_measurement(
+    make_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = Compiled()
+    monkeypatch.setattr(LanguageModel, "compile_in_place", lambda self, mode="default": compiled.install(self, mode))
+    torch._dynamo.reset()
+    settings = {"horizons": (48,), "compile": "on", "microbatch_seqs_per_rank": 8, "noise_every_steps": 2}
+    spec, folder = make_run(lab="single", **settings, curve_every_tokens=None)
+    train_here(spec, folder)
+    assert [(x["k"], x["microbatch_seqs"]) for x in lines_of(folder, "noise")] == [(2, 4)] * 2
+    assert set(compiled.sizes) == {8}, "both halves of a measured micro-batch are filled up to its size"
+    compiled.sizes.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(loop, "grows", lambda line, science, halvings: True)
+    spec, folder = make_run(lab="warmed", **settings, batch_warmup=FROM_32)
+    train_here(spec, folder)
+    assert batches_of(folder) == [32] * 8 + [64] * 8 + [FULL] * 32
+    assert all(isinstance(size, int) for size in compiled.sizes), "never for any size"
+    assert [size for size, _ in itertools.groupby(compiled.sizes)] == [1, 8], "1 sequence a pass, then all 8"
+
+
+@pytest.mark.slow
+def test_two_ranks_double_where_one_does(make_run) -> None:
+    settings = {"horizons": (40,), "batch_warmup": BatchWarmup(from_tokens=64), "curve_every_tokens": None}
+    spec, alone = make_run(lab="one", **settings)
+    train_here(spec, alone)
+    spec, folder = make_run(lab="two", n_processes=2, **settings)
+    train_on_ranks(folder, 2)
+    assert batches_of(folder) == batches_of(alone)
+    assert len(events_of(folder)) == len(events_of(alone)) == 1, "told by one rank"
+    key = "noise_scale_tokens"
+    assert events_of(folder)[0][key] == pytest.approx(events_of(alone)[0][key], rel=1e-2)
+    for kind in ("loss", "grad_norm", "lr"):
+        one, two = ([line[kind] for line in lines_of(f, "step")] for f in (alone, folder))
+        assert two == pytest.approx(one, rel=1e-3)
