@@ -1,6 +1,10 @@
 """From a ladder's rung to its measured noise scale: plan the probe, launch it, take its result."""
 
+import contextlib
+import os
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +18,14 @@ from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.midrun import MidRun, middle_of_run
 from homelab_scaling.batch.probe import ProbePlan, ProbeResult
 from homelab_scaling.box import Box
-from homelab_scaling.errors import RunFailed, StoppedByWatchdog
+from homelab_scaling.errors import RunFailed, Stopped, StoppedByWatchdog
 from homelab_scaling.fit.words import listed
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunRecord
 from homelab_scaling.specs import CorpusManifest, RunSpec, ShardFile, Split
-from homelab_scaling.sweep.recipe import run_recipe
+from homelab_scaling.sweep.launch import is_locked, ranks_of
+from homelab_scaling.sweep.recipe import StopRequest, run_recipe
 from homelab_scaling.watch import link
 
 MAX_HALVINGS = 16
@@ -120,6 +125,7 @@ def _launch(plans: Sequence[ProbePlan], *, lab: Path, box: Box, say: Say) -> dic
     Raises:
         Stopped, StoppedByWatchdog: as `run_probes`.
     """
+    _wait_for_orphans(plans, lab, say)
     todo = [plan for plan in plans if probe.finished_probe(plan, lab) is None]
     before = {plan.rung: probe.work_folder(lab, plan.rung).read_record() for plan in todo}
     began_s = link.now_s()
@@ -145,6 +151,30 @@ def _launch(plans: Sequence[ProbePlan], *, lab: Path, box: Box, say: Say) -> dic
         if plan.rung not in found and reason is not None:
             raise StoppedByWatchdog(f"the probe of {plan.rung} was ended by the watchdog: {reason}")
     return found
+
+
+def _wait_for_orphans(plans: Sequence[ProbePlan], lab: Path, say: Say) -> None:
+    """Waits for a launch of these probes that outlived the command that made it.
+
+    Raises:
+        Stopped: it was asked to stop, and so was that launch.
+    """
+    for plan in plans:
+        folder = probe.work_folder(lab, plan.rung)
+        if not is_locked(folder):
+            continue
+        say(f"the probe of {plan.rung} still runs, from a command that is gone; waiting for it")
+        with StopRequest() as stop:
+            told = False
+            while is_locked(folder) or any(ranks_of(folder)):  # which go on with the probes of the same launch
+                if stop.asked() and not told:
+                    told = True
+                    for pid, _ in ranks_of(folder):
+                        with contextlib.suppress(ProcessLookupError, PermissionError):
+                            os.kill(pid, signal.SIGTERM)
+                time.sleep(0.2)
+            if stop.asked():
+                raise Stopped("stopped; the same command goes on from here")
 
 
 def _why(plan: ProbePlan, lab: Path) -> str:

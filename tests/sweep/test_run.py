@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from homelab_scaling import codec
+from homelab_scaling.batch.advice import read_advice
 from homelab_scaling.runs import RunFolder, read_rows
 
 LADDER = """
@@ -153,3 +154,68 @@ def test_two_at_once_in_one_lab_are_refused(ladder: Path) -> None:
     first.communicate(timeout=120)
     assert second.returncode == 2 and "another `homelab run` is at work here" in err
     assert first.returncode == 75
+
+
+MEASURED = """
+name = "mini"
+context_tokens = 32
+rungs = [
+    { name = "a", n_layer = 1, d_model = 32, n_head = 1 },
+    { name = "b", n_layer = 1, d_model = 64, n_head = 2 },
+]
+[data]
+sources = ["text"]
+tokenizer = "bytes"
+val_frac = 0.1
+[horizons]
+tokens = [65_536, 131_072]
+[batch]
+burn_in_frac = 0.5
+[lr]
+peak = 1e-2
+exponent = 0
+at_batch_tokens = 256
+[validation]
+full_tokens = 8_192
+curve_tokens = 1_024
+[train]
+log_every_steps = 5
+checkpoint_every_steps = 50
+"""
+
+
+@pytest.mark.slow
+def test_batches_are_measured_first_whatever_happens_on_the_way(ladder: Path) -> None:
+    """Stopped in a probe, killed in a probe, and at last left alone: each update of a probe is made once."""
+    ladder.write_text(MEASURED)
+    lab = ladder.parent / "lab" / "mini"
+    heard = [lab / "batch" / name / "noise.jsonl" for name in "ab"]
+
+    process = start(ladder)
+    wait_for(lambda: heard[0].exists() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75 and "Traceback" not in err, err[-2000:]
+    assert json.loads(out)["report"] is None and not (lab / "runs").exists() and not (lab / "batch.json").exists()
+
+    killed = start(ladder)
+    wait_for(lambda: heard[1].exists() or killed.poll() is not None)
+    killed.kill()  # the probe lives on, and with it the pipe
+    killed.wait(timeout=10)
+
+    process = start(ladder)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    for file in heard:
+        steps = [line["step"] for line in codec.read_jsonl(file)]
+        assert steps == sorted(set(steps))
+    advice = read_advice(lab)
+    assert advice is not None and {r.basis for r in advice.rungs} <= {"measured", "bound", "forecast"}
+    assert advice.calibration.method == "branch" or "does not calibrate" in err, err
+    for run in (lab / "runs").iterdir():
+        spec = RunFolder(run).read_spec()
+        told = advice.rung(spec.rung)
+        assert told is not None and spec.science.batch_tokens_global == told.batch_tokens
+    assert set(finished_runs(lab).values()) == {"finished"} and len(finished_runs(lab)) == 2
+    assert "still runs, from a command that is gone" in err
+    killed.communicate(timeout=10)
