@@ -64,17 +64,17 @@ def _sizes(rungs: Sequence[RungBatch]) -> Grid:
         simple = _value(r.b_simple) if r.b_simple or bound is None else f"≥ {short(bound)}"
         over = "–" if r.overhead_frac is None else "≤ " * r.is_bound + _percent(r.overhead_frac)
         crit = ("≥ " * r.is_bound + _value(r.b_crit), "–" if r.is_bound else _interval(r.b_crit), r.basis)
-        rows.append((r.rung, f"{r.batch_tokens:,}", seqs, simple, _interval(r.b_simple), *crit, over))
+        rows.append((r.rung, f"{r.batch_tokens:,}", over, *crit, simple, _interval(r.b_simple), seqs))
     caption = (
-        "Tokens. B_simple is the noise scale at the middle of the run with its 95 % interval: by the run's own windows "
-        "where it measured them, else by a probe before it. At B_crit a run needs twice the tokens of a small batch; "
-        "the last column is B / B_crit."
+        "Batches in tokens, the last column in sequences. Extra tokens: B / B_crit, above what a very small batch "
+        "needs for the same loss; at B_crit it is twice the tokens. B_simple is the noise scale at the middle of the "
+        "run with its 95 % interval: by the run's own windows where it measured them, else by a probe before it."
     )
     if not all(r.trained for r in rungs):
         waiting = [r.rung for r in rungs if not r.trained]
         caption += f" Advised, not trained yet: {listed(waiting)}."
     return Grid(
-        head=("rung", "batch", "seqs", "B_simple", "95 %", "B_crit", "95 % ", "from", "extra tokens"),
+        head=("rung", "batch", "extra tokens", "B_crit", "95 %", "from", "B_simple", "95 % ", "sequences"),
         rows=tuple(rows),
         left=frozenset({"rung", "from"}),
         caption=caption,
@@ -159,9 +159,10 @@ def _trade(row: Trade, which: str) -> tuple[str, ...]:
 
 def _difference(taken: Trade, other: Trade) -> str:
     """What the row taken costs more or less than another, in words."""
+    times = f" (x {taken.seconds / other.seconds:.2g})" if taken.seconds and other.seconds else ""
     parts: list[tuple[float | None, float | None, Callable[[float], str]]] = [
         (taken.tokens, other.tokens, lambda n: f"{short(n)} tokens"),
-        (taken.seconds, other.seconds, duration),
+        (taken.seconds, other.seconds, lambda s: f"{duration(s)}{times}"),
         (taken.kwh, other.kwh, lambda kwh: f"{kwh:.2g} kWh"),
         (taken.usd, other.usd, money),
     ]
@@ -170,8 +171,6 @@ def _difference(taken: Trade, other: Trade) -> str:
         if mine is None or not theirs or abs(mine / theirs - 1) < SAME_FRAC:
             continue
         said.append(f"{'+' if mine > theirs else '−'}{words(abs(mine - theirs))}")
-    if taken.seconds and other.seconds:
-        said.append(f"{taken.seconds / other.seconds:.2g} x the time")
     return ", ".join(said)
 
 

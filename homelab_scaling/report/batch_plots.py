@@ -150,9 +150,11 @@ def speed_against_batch(plt: Any, view: LabView, theme: Theme) -> Any:
     labels, every = [], []
     for r in rungs:
         colour, context = colours[r.n_params], r.rates[0].shape.context_tokens
-        table = r.advice.rows if r.advice else ()
-        model = [row for row in table if row.tokens_per_s and not row.rate_basis.startswith("measured")]
-        rows = [(row.batch_tokens, row.tokens_per_s) for row in model]
+        rows = [
+            (row.batch_tokens, row.tokens_per_s)
+            for row in (r.advice.rows if r.advice else ())
+            if row.tokens_per_s is not None and not row.rate_basis.startswith("measured")
+        ]
         measured = [(rate.batch_seqs * context, rate.tokens_per_s) for rate in r.rates]
         if rows:
             x, y = zip(*rows, strict=True)
@@ -198,18 +200,17 @@ def critical_batch_law(plt: Any, view: LabView, theme: Theme) -> Any:
     tops: list[float] = []
     labels: list[tuple[float, float, str, Any]] = []
     for index, (name, points) in enumerate(_published(found).items()):
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, color=theme.faint, lw=1.2, ls=LINES[index % len(LINES)], zorder=2)
-        tops += list(y)
+        axes.plot(*zip(*points, strict=True), color=theme.faint, lw=1.2, ls=LINES[index % len(LINES)], zorder=2)
+        tops += [tokens for _, tokens in points]
         end = points[0] if of == "L" else points[-1]
         labels.append((*end, name.replace("B_crit", "$B_{crit}$"), theme.faint))
     if law is not None:
-        x = np.geomspace(low, high, 80)
-        told = [law.predict(float(at)) for at in x]
+        grid = np.geomspace(low, high, 80)
+        told = [law.predict(float(at)) for at in grid]
         band = OVERHEAD_FRAC * np.array([(e.value, e.low, e.high) for e in told])
         name = f"this ladder, {law.of}^{law.exponent.value:.2f}"
-        axes.plot(x, band[:, 0], color=theme.text, lw=1.5, zorder=4, label=name.replace("^", r"$^{") + "}$")
-        axes.fill_between(x, band[:, 1], band[:, 2], color=theme.text, alpha=0.1, lw=0, zorder=1)
+        axes.plot(grid, band[:, 0], color=theme.text, lw=1.5, zorder=4, label=name.replace("^", r"$^{") + "}$")
+        axes.fill_between(grid, band[:, 1], band[:, 2], color=theme.text, alpha=0.1, lw=0, zorder=1)
     for x, r in found:
         assert r.b_crit is not None
         e = _scaled(r.b_crit, OVERHEAD_FRAC)

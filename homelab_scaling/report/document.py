@@ -203,6 +203,6 @@ pre{background:var(--panel);border-radius:.6rem;padding:.9rem 1rem;overflow-x:au
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.92em;overflow-wrap:anywhere}
 pre code{overflow-wrap:normal}
 @media(max-width:40rem){td.l.long{min-width:13rem;width:auto}th,td{vertical-align:top}
-figure img{width:38rem;max-width:none}}
+figure img{width:33rem;max-width:none}}
 @media print{main{max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}
 """

@@ -17,6 +17,7 @@ from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Gri
 from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture, Section
 from homelab_scaling.report.tables import laws, predictions, what_was_run
+from homelab_scaling.report.tuning import tuning
 from homelab_scaling.report.words import (
     duration,
     in_brackets,
@@ -43,6 +44,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *live(view),
         *laws(view),
         *evidence(view),
+        *tuning(view),
         *batches(view, images(pictures, "batch")),
         *figures(pictures),
         *weaknesses(view),

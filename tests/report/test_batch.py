@@ -61,7 +61,7 @@ def test_a_fixed_batch_is_priced_by_the_runs_own_noise_and_flagged(trained):
         add_noise(trained, rung)
     text = told(trained)
     assert "uncalibrated" in text.split("\n\n")[2] and "batch-size --verify" in text.split("\n\n")[2]
-    _, rows = grid(text, ("rung", "batch", "seqs"))
+    _, rows = grid(text, ("rung", "batch", "extra tokens"))
     view = collect(trained)
     for row, rung in zip(rows, view.batches.rungs, strict=True):
         middle = b_simple(rung.n_tokens / 2)
@@ -69,7 +69,7 @@ def test_a_fixed_batch_is_priced_by_the_runs_own_noise_and_flagged(trained):
         assert found is not None and found.low < found.value < found.high
         grown = (SHAPES[rung.rung][1] / 24) ** 0.2
         assert found.value == pytest.approx(grown * middle, rel=0.15)
-        assert rung.b_crit.value == pytest.approx(found.value) and row[-2] == "in the run, uncalibrated"
+        assert rung.b_crit.value == pytest.approx(found.value) and row[5] == "in the run, uncalibrated"
         assert rung.overhead_frac == pytest.approx(4096 / found.value)
     _, costs = grid(text, ("rung", "batch", "tokens above need"))
     share = view.batches.rungs[0].overhead_frac / (1 + view.batches.rungs[0].overhead_frac)
@@ -96,8 +96,8 @@ def test_only_bounds_give_no_number(trained):
     codec.append_jsonl(path / "metrics.jsonl", [{**line, "noise_scale_tokens": None, "why": "too few steps"}])
     text = told(trained)
     assert "nowhere well enough for a number" in text
-    (row,) = grid(text, ("rung", "batch", "seqs"))[1]
-    assert row[3] == "≥ 5.00k" and row[-1] == "–" and row[-2] == "not known"
+    (row,) = grid(text, ("rung", "batch", "extra tokens"))[1]
+    assert row[6] == "≥ 5.00k" and row[2] == "–" and row[5] == "not known"
     assert drawn(trained) == {"noise_against_progress"} | {"speed_against_batch"}
 
 
@@ -125,10 +125,10 @@ def test_advice_with_a_sweep(trained):
     found = make_advice(SHAPES, trained)
     add_noise(trained, "289k")
     text = told(trained)
-    _, rows = grid(text, ("rung", "batch", "seqs"))
+    _, rows = grid(text, ("rung", "batch", "extra tokens"))
     for row, one in zip(rows, found.rungs, strict=True):
-        assert row[-2] == "measured, calibrated by sweep"
-        assert row[-1] == f"{100 * 4096 / one.b_crit.value:.0f}\u00a0%"
+        assert row[5] == "measured, calibrated by sweep"
+        assert row[2] == f"{100 * 4096 / one.b_crit.value:.0f}\u00a0%"
     head, lines = grid(text, ("rung", "batch", "which"))
     assert head[3:7] == ["tokens", "time", "kWh", "cost"]
     advice = found.rungs[0]
@@ -138,7 +138,7 @@ def test_advice_with_a_sweep(trained):
     fastest = min(advice.rows, key=lambda row: row.seconds)
     taken = next(row for row in advice.rows if row.batch_tokens == 4096)
     assert by["fastest"][1] == f"{fastest.batch_tokens:,}"
-    assert f"{taken.seconds / fastest.seconds:.2g} x the time" in by["fastest"][-1]
+    assert f"(x {taken.seconds / fastest.seconds:.2g})" in by["fastest"][-1]
     assert by["fewest tokens"][1] == "128"
     assert "S_min 130 [" in text and "the hyperbola is not contradicted" in text
     assert "foretold" in text
