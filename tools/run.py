@@ -52,6 +52,7 @@ class Args:
 
 def main(args: Args) -> int:
     from homelab_scaling.plan.show import budget_line, measuring_notes
+    from homelab_scaling.sweep import local
     from homelab_scaling.sweep.batches import Batches, Wishes
     from homelab_scaling.sweep.limits import make_limits
     from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, open_experiment, write_specs
@@ -61,7 +62,9 @@ def main(args: Args) -> int:
     limits = make_limits(max_hours=args.max_hours, until=args.until, max_usd=args.max_usd, now_s=time.time())
     experiment = open_experiment(args.ladder, args.lab)
     with experiment.lock():
-        _say(budget_line(Batches(experiment, existing_corpus(experiment)).planned()))
+        plan = Batches(experiment, existing_corpus(experiment)).planned()
+        local.refuse_early(plan, experiment.ladder, limits, args.slots)
+        _say(budget_line(plan))
         batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
         plan = batches.planned()
         for line in [*plan.warnings, *measuring_notes(plan)]:
@@ -78,29 +81,17 @@ def main(args: Args) -> int:
 def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
     """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
     from homelab_scaling.sweep import local
-    from homelab_scaling.sweep.bracket import ensure_rates
     from homelab_scaling.sweep.prepare import write_specs
-
-    experiment, corpus = batches.experiment, batches.corpus
-    assert corpus is not None
-
-    def launch(runs: "list[local.Run]") -> "Outcome":
-        table = experiment.ladder.train
-        return local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
-
-    def change(spec: "RunSpec") -> "RunSpec":
-        return _with_flags(spec, args)
 
     outcome = local.Outcome(finished=(), failed={}, stopped=False)
     try:
         for rungs in batches.in_turn(_say):
-            tuning = ensure_rates(experiment, corpus, launch, _say, rungs=rungs, change=change)
-            if tuning is not None:  # the rates of larger rungs would be the wrong ones
-                outcome = outcome.then(tuning)
-                break
-            ended = launch(write_specs(batches.planned(), experiment, change, rungs))
+            runs = write_specs(batches.planned(), batches.experiment, lambda spec: _with_flags(spec, args), rungs)
+            experiment = batches.experiment
+            table = experiment.ladder.train
+            ended = local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
             outcome = outcome.then(ended)
-            if outcome.stopped:
+            if outcome.stopped or limits.reached(time.time(), None):
                 break
     except Stopped:
         outcome = replace(outcome, stopped=True)

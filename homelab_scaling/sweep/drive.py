@@ -34,7 +34,7 @@ from homelab_scaling.watch.runview import RunEye
 
 POLL_S = 0.1
 REFRESH_S = 30.0
-"""How often expected ends are brought up to date."""
+"""How often the schedule is made anew when nothing happens: by now a run may be known to be slower than predicted."""
 OUTPUT = "output.log"
 """In a run's folder: what its trainer printed, where several train at once."""
 
@@ -150,13 +150,11 @@ class Driver:
         while True:
             self._collect()
             self._heed(stop)
-            if not state.stopping and self._dirty:
-                self._look()
-                self._begin()
-                self._write()
+            if self._dirty or link.now_s() - self._refreshed_s > REFRESH_S:
                 self._dirty = False
-            elif link.now_s() - self._refreshed_s > REFRESH_S:
                 self._look()
+                if not state.stopping:
+                    self._begin()
                 self._write()
             if not state.running and (state.stopping or not state.waiting):
                 break

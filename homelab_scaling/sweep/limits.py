@@ -3,13 +3,11 @@
 import datetime
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
-from homelab_scaling.plan import cost
-from homelab_scaling.specs import RunSpec
+from homelab_scaling.specs import Money
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +63,21 @@ def next_time(until: str, now_s: float) -> float:
     return then.timestamp()
 
 
-def refuse_unknown_money(limits: Limits, specs: Iterable[RunSpec], box: Box) -> None:
+def refuse_unknown_money(limits: Limits, money: Money, box: Box) -> None:
     """A limit in money wants a price, and something to multiply it by.
 
     Raises:
         SpecError: [money] does not say what a run costs on this machine.
     """
-    if limits.max_usd is None:
+    if limits.max_usd is None or money.usd_per_machine_hour is not None:
         return
-    for spec in specs:
-        money = spec.money
-        if money.usd_per_machine_hour is not None:
-            continue
-        if money.usd_per_kwh is None:
-            raise SpecError(
-                f"--max-usd {limits.max_usd:g}: the ladder's [money] states no price; add usd_per_kwh or "
-                "usd_per_machine_hour"
-            )
-        if money.watts is None and cost.predict_power(box, 1, None) is None:
-            raise SpecError(
-                f"--max-usd {limits.max_usd:g}: nothing measures the energy of {box.device}; add watts or "
-                "usd_per_machine_hour to the ladder's [money]"
-            )
+    if money.usd_per_kwh is None:
+        raise SpecError(
+            f"--max-usd {limits.max_usd:g}: the ladder's [money] states no price; add usd_per_kwh or "
+            "usd_per_machine_hour"
+        )
+    if money.watts is None and not box.on_gpu:
+        raise SpecError(
+            f"--max-usd {limits.max_usd:g}: nothing measures the energy of {box.device}; add watts or "
+            "usd_per_machine_hour to the ladder's [money]"
+        )

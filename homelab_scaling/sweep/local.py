@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from homelab_scaling.box import Box
-from homelab_scaling.ladder import TrainTable
+from homelab_scaling.ladder import Ladder, TrainTable
 from homelab_scaling.plan.cost import measured_rates
 from homelab_scaling.plan.ddp_times import read_ddp
+from homelab_scaling.plan.parts import Plan
 from homelab_scaling.plan.timetable import Timetable
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec
@@ -19,6 +20,7 @@ from homelab_scaling.sweep.drive import Driver, State, make_task
 from homelab_scaling.sweep.limits import Limits, refuse_unknown_money
 from homelab_scaling.sweep.placing import Placer, lab_of_runs
 from homelab_scaling.sweep.recipe import StopRequest, see_to_watchdog
+from homelab_scaling.sweep.room import need_of_run, needs_of_plan, refuse_what_fits_no_card
 from homelab_scaling.sweep.where import ask_driver, slots_of, threads_of
 from homelab_scaling.watch import link
 from homelab_scaling.watch.ahead import duration
@@ -100,8 +102,10 @@ def run_all(
         measured=measured_rates([lab]) if lab else (),
         ddp=read_ddp(lab.parent) if lab else None,
     )
-    placer.refuse_what_fits_nowhere([task.spec for task in tasks])
-    refuse_unknown_money(limits, [spec for spec, _ in runs], box)
+    refuse_what_fits_no_card(need_of_run(task.spec, box.vram_bytes) for task in tasks)
+    placer.jobs([(task.spec, 1.0) for task in tasks])
+    for spec, _ in runs[:1]:
+        refuse_unknown_money(limits, spec.money, box)
     for spec, folder in runs[:1]:
         on_gpu = box.on_gpu and spec.execution.device != "cpu"
         see_to_watchdog(link.lab_of(folder), spec.watch, on_gpu=on_gpu, say=say)
@@ -157,3 +161,14 @@ def _show(table: Timetable, say: Callable[[str], None]) -> None:
     if len(table.slots) > 1:
         for sentence in sentences(table):
             say(f"  {sentence}")
+
+
+def refuse_early(plan: Plan, ladder: Ladder, limits: Limits, n_cpu_slots: int = 1) -> None:
+    """What `run_all` would refuse, before shards are built and batches are measured.
+
+    Raises:
+        SpecError: a rung fits no card, shares of the CPU that are not there, a limit in money without a price.
+    """
+    slots_of(plan.box, n_cpu_slots)
+    refuse_what_fits_no_card(needs_of_plan(plan, ladder))
+    refuse_unknown_money(limits, ladder.money, plan.box)

@@ -16,7 +16,8 @@ from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.rules import tokens_trained
 from homelab_scaling.runs import RUNS_FOLDERS, RunFolder
-from homelab_scaling.specs import ModelShape, OptimizerName, RunSpec
+from homelab_scaling.specs import RunSpec
+from homelab_scaling.sweep.room import need_of_run, why_no_room
 from homelab_scaling.sweep.slots import Job, Unit
 
 
@@ -54,6 +55,8 @@ class Placer:
             micro: int | None = asked
         else:
             micro = self._largest_microbatch(spec, width, per_rank)
+        if micro is None and ((need := need_of_run(spec, self.box.vram_bytes)) is None or need.fits):
+            micro = 1  # with its states sharded, or its blocks recomputed
         if micro is None:
             return None
         placed = replace(spec.execution, n_processes=width, microbatch_seqs_per_rank=micro)
@@ -157,78 +160,9 @@ class Placer:
             )
         found = {k: placed for k in within if (placed := self.placed(spec, k)) is not None}
         if not found:
-            raise SpecError(self.why_no_room(spec))
+            need = need_of_run(spec, self.box.vram_bytes)
+            raise SpecError(why_no_room(need) if need else f"rung {spec.rung}: not even one sequence fits the cards")
         return found
-
-    # ------------------------------------------------------------------------------------------ what does not fit
-
-    def refuse_what_fits_nowhere(self, specs: Sequence[RunSpec]) -> None:
-        """Stops before anything starts, if a rung is too large for the cards.
-
-        Raises:
-            SpecError: which one, by how much, and what would fit.
-        """
-        for spec in specs:
-            if self.room_bytes is not None and self._need(spec) > self.room_bytes:
-                raise SpecError(self.why_no_room(spec))
-            self._places(spec)
-
-    @property
-    def room_bytes(self) -> float | None:
-        """What a run may take of a card; None on CPU."""
-        return None if self.box.vram_bytes is None else memory.CARD_SHARE * self.box.vram_bytes
-
-    def _need(
-        self,
-        spec: RunSpec,
-        *,
-        shape: ModelShape | None = None,
-        optimizer: OptimizerName | None = None,
-        checkpointing: bool | None = None,
-    ) -> int:
-        """Bytes of a card with one sequence a micro-batch, as the spec says or with these changes."""
-        science, execution = spec.science, spec.execution
-        shape = shape or science.shape
-        path = memory.choose_loss_path(shape.context_tokens, science.n_vocab, on_gpu=True)
-        return memory.predict_vram(
-            shape,
-            science.n_vocab,
-            optimizer=optimizer or science.optim.name,
-            microbatch_seqs=1,
-            n_processes=max(self.widths(spec)),
-            precision=science.precision,
-            loss_path=path if execution.loss == "auto" else execution.loss,
-            checkpointing=execution.activation_checkpointing if checkpointing is None else checkpointing,
-        ).total_bytes
-
-    def why_no_room(self, spec: RunSpec) -> str:
-        """Which rung, how much is missing, and what would fit."""
-        room, need = self.room_bytes, self._need(spec)
-        assert room is not None and self.box.vram_bytes is not None
-        shape = spec.science.shape
-        tries = {
-            "train.activation_checkpointing = true": self._need(spec, checkpointing=True),
-            'optim.name = "adamw8bit"': self._need(spec, optimizer="adamw8bit"),
-            "both of these": self._need(spec, checkpointing=True, optimizer="adamw8bit"),
-        }
-        for part in (2, 4, 8):
-            tokens = shape.context_tokens // part
-            tries[f"context_tokens = {tokens}"] = self._need(spec, shape=replace(shape, context_tokens=tokens))
-        fitting = [said for said, bytes_ in tries.items() if bytes_ <= room and bytes_ < need][:2]
-        remedy = f"{' or '.join(fitting)} would fit" if fitting else f"{self._largest_that_fits(spec)} would fit"
-        gib, over, card = need / 2**30, (need - room) / 2**30, self.box.vram_bytes / 2**30
-        return (
-            f"rung {spec.rung}: one sequence of {shape.context_tokens} tokens needs {gib:.1f} GiB, {over:.1f} GiB more "
-            f"than 90 % of a card's {card:.0f} GiB; {remedy}"
-        )
-
-    def _largest_that_fits(self, spec: RunSpec) -> str:
-        """The same shape with fewer layers; a larger card where not even one layer fits."""
-        shape = spec.science.shape
-        for n_layer in range(shape.n_layer - 1, 0, -1):
-            if self._need(spec, shape=replace(shape, n_layer=n_layer)) <= (self.room_bytes or 0.0):
-                return f"n_layer = {n_layer} instead of {shape.n_layer}"
-        return "only a larger card"
 
 
 def work_of(spec: RunSpec) -> tuple[int, int]:
