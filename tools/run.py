@@ -81,15 +81,27 @@ def main(args: Args) -> int:
 def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
     """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
     from homelab_scaling.sweep import local
+    from homelab_scaling.sweep.bracket import ensure_rates
     from homelab_scaling.sweep.prepare import write_specs
+
+    experiment, corpus = batches.experiment, batches.corpus
+    assert corpus is not None
+
+    def launch(runs: "list[local.Run]") -> "Outcome":
+        table = experiment.ladder.train
+        return local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
+
+    def change(spec: "RunSpec") -> "RunSpec":
+        return _with_flags(spec, args)
 
     outcome = local.Outcome(finished=(), failed={}, stopped=False)
     try:
         for rungs in batches.in_turn(_say):
-            runs = write_specs(batches.planned(), batches.experiment, lambda spec: _with_flags(spec, args), rungs)
-            experiment = batches.experiment
-            table = experiment.ladder.train
-            ended = local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
+            tuning = ensure_rates(experiment, corpus, launch, _say, rungs=rungs, change=change)
+            if tuning is not None:  # the rates of larger rungs would be the wrong ones
+                outcome = outcome.then(tuning)
+                break
+            ended = launch(write_specs(batches.planned(), experiment, change, rungs))
             outcome = outcome.then(ended)
             if outcome.stopped or limits.reached(time.time(), None):
                 break
