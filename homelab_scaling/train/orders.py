@@ -152,6 +152,8 @@ def connect(spec: RunSpec, folder: RunFolder, accelerator: Any, ranks: Ranks, ev
         if accelerator.is_main_process:
             event("watchdog", state="none", why=why_not)
         return Watched(orders=None, meter=None, machine=MachineFolder(lab / "machine"), why_not=why_not)
+    if host != about[0][0]:  # a lab that several machines share has room for the files of one
+        os.environ.setdefault(link.MACHINE_VARIABLE, str(lab / f"machine-{host}"))
     if accelerator.is_local_main_process:
         try:
             start_watchdog(lab)
@@ -170,10 +172,12 @@ def connect(spec: RunSpec, folder: RunFolder, accelerator: Any, ranks: Ranks, ev
         limits=spec.watch,
     )
     orders = Orders(machine, registration, event=event)
-    meter = None
-    if accelerator.is_main_process:
+    meter, n_hosts = None, len({where for where, _, _ in about})
+    if n_hosts > 1:
+        why_not = f"trained on {n_hosts} machines, and each meters its own cards alone"
+    elif accelerator.is_main_process:
         meter = EnergyMeter(machine, "all" if orders.takes_all else registration.cards)
-    return Watched(orders=orders, meter=meter, machine=machine, why_not=None)
+    return Watched(orders=orders, meter=meter, machine=machine, why_not=why_not)
 
 
 def own_cards(device: torch.device) -> tuple[str, ...]:

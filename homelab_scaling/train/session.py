@@ -2,7 +2,9 @@
 
 import gc
 import os
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from homelab_scaling.runs import Machine
 from homelab_scaling.specs import CompileMode, ExecutionSpec, RunSpec
 from homelab_scaling.train.model import LanguageModel, sdpa_backend
 from homelab_scaling.train.parallel import choose_parallel
+from homelab_scaling.train.ranks import Ranks
 from homelab_scaling.train.sharded import hide_from_accelerate
 
 MAX_COMPILE_SHARE = 0.10
+SHARED_WITHIN_S = 10.0
+"""How long a file may take to be seen on another machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
     """An Accelerator that trains what the spec says, or a refusal.
 
     Raises:
-        MachineError: the device cannot do the precision, or a tracker is not installed.
+        MachineError: the device cannot do the precision, a tracker is missing, or machines do not share the folder.
         SpecError: the launch gave another number of processes than the spec wants.
     """
     from accelerate import Accelerator
@@ -61,6 +66,7 @@ def start_accelerator(spec: RunSpec, folder: Path) -> Any:
     except ValueError as error:
         raise MachineError(f"Accelerate refuses this set-up ({error}); run `homelab doctor`") from None
     refuse_silent_split(accelerator.num_processes, execution.n_processes, dict(os.environ))
+    refuse_split_folder(folder, accelerator)
     return accelerator
 
 
@@ -83,6 +89,37 @@ def refuse_silent_split(found: int, wanted: int, environ: dict[str, str]) -> Non
         raise SpecError(
             f"this launch has {found} process{'es' if found > 1 else ''}, the spec wants {wanted}; launch with "
             f"`--num_processes {wanted}{' --multi_gpu' if wanted > 1 else ''}`, or pass --processes {found}"
+        )
+
+
+def refuse_split_folder(folder: Path, accelerator: Any) -> None:
+    """Stops a launch over several machines that do not see the same run folder.
+
+    Each would resume from what it has on its own disk, at another step than the others. Every rank calls this.
+
+    Raises:
+        MachineError: on every rank, naming the machines that do not see the main one's folder.
+    """
+    world_size, is_main = accelerator.num_processes, accelerator.is_main_process
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size:
+        return
+    ranks = Ranks(world_size)
+    mine = folder / f".shared-{os.getpid()}-{time.time_ns()}"
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+    name = ranks.gather(mine.name)[0]
+    deadline = time.monotonic() + SHARED_WITHIN_S
+    while not (seen := (folder / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    told = ranks.gather((socket.gethostname(), seen))
+    if is_main:
+        mine.unlink()
+    blind = sorted({host for host, sees in told if not sees})
+    if blind:
+        raise MachineError(
+            f"{', '.join(blind)} does not see {folder} of {told[0][0]}: the machines of one run share its folder; put "
+            "the lab on a file system that all of them mount"
         )
 
 
@@ -152,7 +189,7 @@ def segment_facts(
     """How a segment is executed, for its entry in events.jsonl."""
     dtype = torch.bfloat16 if spec.science.precision == "bf16" else torch.float32
     ddp: dict[str, object] = {}
-    if machine.n_processes > 1:
+    if machine.n_processes > 1 and spec.execution.sharding == "none":
         ddp = {"ddp": to_plain(choose_parallel(spec, on_gpu=device.type == "cuda"))}
     return {
         "n_processes": machine.n_processes,
