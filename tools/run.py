@@ -54,7 +54,7 @@ def main(args: Args) -> int:
     from homelab_scaling.plan.show import budget_line, measuring_notes
     from homelab_scaling.sweep import local
     from homelab_scaling.sweep.batches import Batches, Wishes
-    from homelab_scaling.sweep.limits import make_limits
+    from homelab_scaling.sweep.limits import alarmed, make_limits
     from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, open_experiment, write_specs
     from homelab_scaling.sweep.where import use_gpus
 
@@ -65,15 +65,16 @@ def main(args: Args) -> int:
         plan = Batches(experiment, existing_corpus(experiment)).planned()
         local.refuse_early(plan, experiment.ladder, limits, args.slots)
         _say(budget_line(plan))
-        batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
-        plan = batches.planned()
-        for line in [*plan.warnings, *measuring_notes(plan)]:
-            _say(f"  ! {line}" if line in plan.warnings else f"  {line}")
-        if args.prepare:
-            runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
-            _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
-            return 0
-        outcome = _train(args, batches, limits)
+        with alarmed(limits):
+            batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
+            plan = batches.planned()
+            for line in [*plan.warnings, *measuring_notes(plan)]:
+                _say(f"  ! {line}" if line in plan.warnings else f"  {line}")
+            if args.prepare:
+                runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
+                _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
+                return 0
+            outcome = _train(args, batches, limits)
         report = _wrap_up(experiment)
     return _end(args, experiment, outcome, report)
 
@@ -103,10 +104,10 @@ def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
                 break
             ended = launch(write_specs(batches.planned(), experiment, change, rungs))
             outcome = outcome.then(ended)
-            if outcome.stopped or limits.reached(time.time(), None):
+            if outcome.stopped:
                 break
     except Stopped:
-        outcome = replace(outcome, stopped=True)
+        outcome = replace(outcome, stopped=True, limit=limits.reached(time.time(), None))
     except StoppedByWatchdog as error:
         outcome = replace(outcome, stopped=True, watchdog=str(error))
     return outcome

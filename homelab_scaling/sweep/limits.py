@@ -1,12 +1,17 @@
 """When `homelab run` stops by itself: after so many hours, at a time of day, at a sum of money."""
 
+import contextlib
 import datetime
 import math
 import re
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
 from homelab_scaling.box import Box
-from homelab_scaling.errors import SpecError
+from homelab_scaling.errors import SpecError, Stopped
 from homelab_scaling.specs import Money
 
 
@@ -61,6 +66,29 @@ def next_time(until: str, now_s: float) -> float:
     if then <= now:
         then += datetime.timedelta(days=1)  # of the calendar: the clock may be changed tonight
     return then.timestamp()
+
+
+@contextlib.contextmanager
+def alarmed(limits: Limits) -> Iterator[None]:
+    """While the block runs, the end in time is heard outside of training too: what builds or measures is stopped.
+
+    Raises:
+        Stopped: it came while nothing was launched.
+    """
+    if limits.ends_at_s is None:
+        yield
+        return
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped(f"{limits.reached(time.time(), None) or 'the time is up'}; the same command goes on from here")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, limits.ends_at_s - time.time()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def refuse_unknown_money(limits: Limits, money: Money, box: Box) -> None:

@@ -77,21 +77,27 @@ def see_to_watchdog(lab: Path, watch: WatchLimits, *, on_gpu: bool, say: Callabl
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C while something is launched, instead of dying from them."""
+    """Remembers SIGTERM, Ctrl-C and a time limit's alarm while something is launched, instead of dying from them."""
+
+    CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 
     def __init__(self) -> None:
         self._times = 0
+        self.time_is_up = False
 
     def asked(self, at_least: int = 1) -> bool:
-        """Whether it was asked for, and that often (a second Ctrl-C means now)."""
+        """Whether somebody asked for it, and that often (a second Ctrl-C means now)."""
         return self._times >= at_least
 
     def __enter__(self) -> "StopRequest":
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {n: signal.signal(n, self._note) for n in self.CAUGHT}
         return self
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self._times += 1
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            self.time_is_up = True
+        else:
+            self._times += 1
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -127,14 +133,14 @@ def run_recipe(
         while process.poll() is None or (told_at is not None and _group_lives(process.pid)):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=0.2)
-            if stop.asked() and told_at is None:
+            if (stop.asked() or stop.time_is_up) and told_at is None:
                 told_at = time.monotonic()
                 _signal_group(process.pid, signal.SIGTERM)
             elif told_at is not None and (stop.asked(2) or time.monotonic() - told_at > GIVE_UP_S):
                 _signal_group(process.pid, signal.SIGKILL)
             if told_at is not None:
                 time.sleep(0.2)
-        if stop.asked():
+        if stop.asked() or stop.time_is_up:
             raise Stopped("stopped; the same command goes on from here")
     return process.returncode
 
