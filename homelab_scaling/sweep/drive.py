@@ -179,13 +179,15 @@ class Driver:
         """Ctrl-C and limits: first every run is asked to stop with a checkpoint, then they are ended."""
         state = self.state
         if not state.stopping:
-            usd = self.purse.spent(link.now_s()) if self.purse is not None else None
-            state.limit = None if stop.asked() else self.limits.reached(link.now_s(), usd)
+            state.limit = None if stop.asked() else self.limits.reached(link.now_s(), self._spent())
             if stop.asked() or state.limit is not None:
                 self._stop_all()
         elif stop.asked(2):
             for one in state.running:
                 one.launch.kill()
+
+    def _spent(self) -> float | None:
+        return None if self.purse is None else self.purse.spent(link.now_s())
 
     def _stop_all(self) -> None:
         self.state.stopping = self._dirty = True

@@ -24,6 +24,8 @@ from homelab_scaling.sweep.recipe import GIVE_UP_S, environment, recipe_command
 from homelab_scaling.train.oom_notes import NoRoom, OutOfMemory, end_of_segment
 from homelab_scaling.watch import link, processes
 
+Stamp = tuple[int, int]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
@@ -52,7 +54,7 @@ class Launch:
         process: None for one that an earlier driver, or somebody else, started.
         session: of its processes, which is the launcher's pid; None where nobody wrote it down. Without it the launch
             is not ours to stop: it is waited for.
-        before: record.json when it began.
+        before: stamp of record.json when it began.
         began_s: Unix time.
     """
 
@@ -63,7 +65,7 @@ class Launch:
         *,
         process: "subprocess.Popen[bytes] | None",
         session: int | None,
-        before: RunRecord | None,
+        before: Stamp | None,
         began_s: float,
     ) -> None:
         self.spec, self.folder, self.process, self.session = spec, folder, process, session
@@ -143,7 +145,7 @@ def start(spec: RunSpec, folder: RunFolder, box: Box, *, more: Mapping[str, str]
         more: environment beside the usual one.
         output: a file for what it prints; None prints here.
     """
-    before, began_s = folder.read_record(), link.now_s()
+    before, began_s = record_stamp(folder), link.now_s()
     command, env = launch_command(spec, folder, box), {**environment(), **more}
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(output, "ab")) if output is not None else None
@@ -163,7 +165,7 @@ def find_orphan(spec: RunSpec, folder: RunFolder, launcher: tuple[int, int] | No
         session = launcher[0] if lives or any(found == launcher[0] for _, found in ranks_of(folder)) else None
     if session is None and not is_locked(folder):
         return None
-    return Launch(spec, folder, process=None, session=session, before=folder.read_record(), began_s=0.0)
+    return Launch(spec, folder, process=None, session=session, before=record_stamp(folder), began_s=0.0)
 
 
 def ranks_of(folder: RunFolder) -> Iterator[tuple[int, int]]:
@@ -189,10 +191,24 @@ def is_locked(folder: RunFolder) -> bool:
 # ------------------------------------------------------------------------------------------------------- how it ended
 
 
-def settle(folder: RunFolder, before: RunRecord | None, returncode: int, asked: bool, began_s: float) -> Ended:
-    """What the record says, with a "running" that nobody runs any more put right."""
+def record_stamp(folder: RunFolder) -> Stamp | None:
+    """Changes whenever record.json is written, if only with what it said before."""
+    with contextlib.suppress(FileNotFoundError):
+        stat = folder.record.stat()
+        return stat.st_mtime_ns, stat.st_ino
+    return None
+
+
+def settle(folder: RunFolder, before: Stamp | None, returncode: int, asked: bool, began_s: float) -> Ended:
+    """What the record says, with a "running" that nobody runs any more put right.
+
+    Args:
+        before: `record_stamp` when it was launched.
+        asked: it was asked to stop.
+        began_s: Unix time of the launch.
+    """
     record = folder.read_record()
-    if record is None or (record == before and returncode):  # refused before it began: nothing was written
+    if record is None or (record_stamp(folder) == before and returncode):  # refused before it began
         if asked:
             return Ended(status="stopped", reason="stopped before it began", stopped_by="signal")
         return Ended(status="failed", reason=f"the launch ended with exit code {returncode} before training began")

@@ -40,7 +40,7 @@ class Placer:
         if not self.box.on_gpu:
             return (1,)
         if self.train is None or self.train.processes is not None:
-            return (own,)
+            return (own if self.train is None else self.train.processes or own,)
         batch = spec.science.batch_seqs_global
         widths = tuple(k for k in range(1, self.n_slots + 1) if batch % k == 0)
         return widths[-1:] if spec.execution.sharding != "none" else widths
