@@ -21,6 +21,8 @@ LOSS_CHUNK_BYTES = 256 * 2**20
 MIN_CHUNK_ROWS = 512
 """Fewer rows make the head's matmuls too thin: 16 rows cost 4 to 5 times the time of 256 (measured, CPU)."""
 CHUNK_ROWS_MULTIPLE = 128
+MAX_CHUNKS = 16
+"""Of one micro-batch: each adds to the head's whole fp32 gradient, which with 50 chunks would be a tenth of a step."""
 
 ACTIVATION_BYTES: dict[Precision, float] = {"bf16": 32.1, "fp32": 64.0}
 """A: saved activations per token, width and layer."""
@@ -75,9 +77,12 @@ class VramEstimate:
 
 
 def loss_chunk_rows(n_tokens: int, n_vocab: int) -> int:
-    """Rows of logits that the chunked loss keeps alive: by memory budget, at least 512, never more than there are."""
+    """Rows of logits that the chunked loss keeps alive, never more than there are.
+
+    By memory budget, at least 512, and at least a sixteenth of a micro-batch, little beside its activations.
+    """
     affordable = LOSS_CHUNK_BYTES // (4 * n_vocab) // CHUNK_ROWS_MULTIPLE * CHUNK_ROWS_MULTIPLE
-    return min(max(MIN_CHUNK_ROWS, affordable), n_tokens)
+    return min(max(MIN_CHUNK_ROWS, affordable, -(-n_tokens // MAX_CHUNKS)), n_tokens)
 
 
 def choose_loss_path(n_tokens_microbatch: int, n_vocab: int, *, on_gpu: bool) -> LossPath:

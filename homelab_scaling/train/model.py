@@ -43,6 +43,8 @@ class LanguageModel(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._compiled_backbone: Callable[[Tensor], Tensor] | None = None
         self._plain_loss = losses.plain_cross_entropy
+        self._replays = False
+        """Whether CUDA graphs are replayed."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,7 +76,12 @@ class LanguageModel(nn.Module):
         return losses.token_losses(hidden_ND, self.head_weight, targets_N, self.n_vocab, chunk_rows).view(y_BT.shape)
 
     def compile_in_place(self, mode: CompileMode = "default") -> None:
-        """Compiles the blocks and the softmax; no module is wrapped, so parameter names stay as they are."""
+        """Compiles the blocks and the softmax; no module is wrapped, so parameter names stay as they are.
+
+        Under `reduce-overhead` what a pass returns, gradients too, lies in memory that the next pass writes over: the
+        optimizer must keep gradients of its own (`MaskedAdamW.keep_gradients`), into which each pass then adds.
+        """
+        self._replays = mode == "reduce-overhead"
         self._compiled_backbone = torch.compile(self._hidden_states, mode=mode)
         self._plain_loss = torch.compile(losses.plain_cross_entropy, mode=mode)
 
@@ -91,6 +98,8 @@ class LanguageModel(nn.Module):
 
     def hidden_states(self, x_BT: Tensor) -> Tensor:
         """What the blocks make of the tokens, (B, T, D), compiled or not: all but head and loss."""
+        if self._replays:
+            torch.compiler.cudagraph_mark_step_begin()  # what an earlier pass returned is not needed any more
         return (self._compiled_backbone or self._hidden_states)(x_BT)
 
     def _hidden_states(self, x_BT: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class MaskedAdamW:
         in_eight = {n for n, _ in eight}
         self.grad_clip = optim.grad_clip
         self.on_cuda = named[0][1].is_cuda
+        self._keeps = False
         self._torch = torch.optim.AdamW(
             _groups([(n, p) for n, p in named if n not in in_eight], optim, self.parts.ndim),
             lr=0.0,
@@ -84,7 +85,22 @@ class MaskedAdamW:
                     p.grad.masked_fill_(~finite, float("nan"))
                 optimizer.update_step(group, p, g, i)
 
+    def keep_gradients(self) -> None:
+        """From now on gradients stay in the memory they have: backward passes add to them, nothing takes their place.
+
+        A backward pass leaves a parameter without a gradient the very tensor that it made. Of a replayed CUDA graph
+        that lies in the graph's own memory, and the next micro-batch would write over the sum so far.
+        """
+        self._keeps = True
+        for p in self.names:
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+
     def zero_grad(self) -> None:
+        """Gradients to nothing: None, or zeros where they are kept."""
+        if self._keeps:
+            torch._foreach_zero_([p.grad for p in self.names if p.grad is not None])
+            return
         for p in self.names:
             p.grad = None
 

@@ -60,6 +60,8 @@ class Stepper:
         self.wrapped, parts = sharded.wrap(accelerator, self.model, spec, os.environ)
         self.passes = Passes(accelerator, self.wrapped, self.feed, compiled=choices.compile)
         self.optimizer = MaskedAdamW(self.model, self.science.optim, parts)
+        if choices.compile and choices.compile_mode == "reduce-overhead":
+            self.optimizer.keep_gradients()
         self.noise = log_of_run(
             spec, folder.path / "noise.jsonl", self.wrapped, world_size=self.world_size, is_main=self.is_main
         )
