@@ -82,13 +82,14 @@ def noise_lines(lines: Sequence[dict[str, Any]]) -> tuple[Noise, ...]:
 def batch_events(events: Sequence[dict[str, Any]], first_tokens: int) -> tuple[BatchAt, ...]:
     """The batch of a warm-up at its beginning and from each doubling on.
 
-    A segment that went back in time takes its later doublings with it.
+    A doubling that was made again is told once: a segment that went back in time takes those after it with it, and one
+    within a decay ends with that decay.
     """
     found = [BatchAt(tokens=0, batch_tokens=first_tokens)]
     for event in events:
         tokens, batch = event.get("tokens"), event.get("batch_tokens")
         if event.get("kind") == "batch" and isinstance(tokens, int) and isinstance(batch, int):
-            found = [one for one in found if one.tokens < tokens or one.tokens == 0]
+            found = [one for one in found if one.tokens == 0 or (one.tokens < tokens and one.batch_tokens < batch)]
             found.append(BatchAt(tokens=tokens, batch_tokens=batch))
     return tuple(found)
 

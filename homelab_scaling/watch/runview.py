@@ -312,12 +312,28 @@ class RunEye:
         if science.batch_warmup is not None:
             now = first = science.batch_warmup.from_tokens
             n_steps = (full // first).bit_length()
-            sizes = [e.get("batch_tokens") for e in (self.seen.events if self.seen else ()) if e.get("kind") == "batch"]
+            sizes = [event.get("batch_tokens") for event in self._doublings()]
             now = next((size for size in reversed(sizes) if isinstance(size, int) and first <= size <= full), first)
         step = n_steps + 1 - (full // now).bit_length()
         return BatchNow(
             tokens=now, full_tokens=full, step=step, n_steps=n_steps, noise=self.log.noise, critical=critical
         )
+
+    def _doublings(self) -> list[dict[str, Any]]:
+        """Of a batch warm-up, those on the path to the present weights: not those of a decay that was left behind."""
+        doublings = [e for e in (self.seen.events if self.seen else ()) if e.get("kind") == "batch"]
+        phase = self._phase()
+        if phase is None:
+            return doublings
+        kept = []
+        for event in doublings:
+            update, step = event.get("update"), event.get("step")
+            if not isinstance(update, int) or not isinstance(step, int):
+                continue
+            own = next((p for p in self._plan if p.first_update < update <= p.end_update), None)
+            if own is phase or (own is not None and own.kind == "trunk" and step <= phase.start_step):
+                kept.append(event)
+        return kept
 
     def _reason(self) -> str | None:
         if self.state == "paused":

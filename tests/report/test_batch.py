@@ -108,7 +108,9 @@ def test_lines_that_say_nothing_are_passed_over():
 
 def test_a_resumed_warm_up_is_told_once():
     events = [{"kind": "batch", "tokens": t, "batch_tokens": b} for t, b in ((100, 512), (90, 512), (200, 1024))]
+    in_a_decay = {"kind": "batch", "tokens": 150, "batch_tokens": 1024}
     assert [(e.tokens, e.batch_tokens) for e in batch_events(events, 256)] == [(0, 256), (90, 512), (200, 1024)]
+    assert batch_events([*events[:2], in_a_decay, events[2]], 256) == batch_events(events, 256)
 
 
 def test_a_warm_up_is_told_and_drawn(synthetic):

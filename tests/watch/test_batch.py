@@ -9,6 +9,7 @@ from watched_lab import NOW, WatchedLab
 
 from homelab_scaling import codec
 from homelab_scaling.specs import BatchWarmup, make_run_id
+from homelab_scaling.train.schedule import phases
 from homelab_scaling.watch.feed import Look
 from homelab_scaling.watch.frame import BatchNow, CriticalBatch, NoiseNow
 from homelab_scaling.watch.runlog import RunLog
@@ -127,19 +128,51 @@ class Played:
         )  # fmt: skip
 
 
+def warmed_up(spec):
+    """The same run with a full batch of 262,144 tokens, warmed up from a quarter."""
+    science = spec.science
+    horizons = tuple(d // 262_144 * 262_144 for d in science.horizons_tokens)
+    science = replace(
+        science,
+        batch_tokens_global=262_144,
+        horizons_tokens=horizons,
+        batch_warmup=BatchWarmup(from_tokens=65_536),
+    )
+    execution = replace(spec.execution, microbatch_seqs_per_rank=8)
+    return replace(spec, science=science, execution=execution, run_id=make_run_id(spec.rung, science))
+
+
+def doubling(update, step, batch):
+    return {"kind": "batch", "update": update, "step": step, "tokens": step * 262_144, "batch_tokens": batch}
+
+
+def seen(spec, events):
+    eye = RunEye(Played(spec, events))
+    eye.look(NOW)
+    return eye
+
+
 @pytest.mark.parametrize(
     ("sizes", "wanted"), [((), (65_536, 1)), ((131_072,), (131_072, 2)), ((131_072, 262_144), (262_144, 3))]
 )
 def test_the_sizes_of_a_warm_up(template, sizes, wanted):
-    spec = template.spec("51m")
-    full = spec.science.batch_tokens_global
-    science = replace(spec.science, batch_warmup=BatchWarmup(from_tokens=full // 4))
-    spec = replace(spec, science=science, run_id=make_run_id(spec.rung, science))
-    events = [{"kind": "batch", "tokens": 1, "batch_tokens": size * full // 262_144} for size in sizes]
-    eye = RunEye(Played(spec, events))
-    eye.look(NOW)
-    batch = eye._batch(None)
-    assert (batch.tokens, batch.step, batch.n_steps) == (wanted[0] * full // 262_144, wanted[1], 3)
+    spec = warmed_up(template.spec("51m"))
+    events = [doubling(i + 1, i + 1, size) for i, size in enumerate(sizes)]
+    batch = seen(spec, events)._batch(None)
+    assert (batch.tokens, batch.step, batch.n_steps) == (wanted[0], wanted[1], 3)
+
+
+def test_a_doubling_within_a_decay_ends_with_it(template):
+    spec = warmed_up(template.spec("51m"))
+    _trunk, decay, on = phases(spec.science)[:3]
+    events = [
+        doubling(10, 10, 131_072),
+        doubling(decay.first_update + 5, decay.start_step + 5, 262_144),
+    ]
+    for phase, wanted in ((decay, 262_144), (on, 131_072)):
+        eye = seen(spec, events)
+        eye.log.update = phase.first_update + 7
+        assert eye._batch(None).tokens == wanted
 
 
 # ---------------------------------------------------------------------------------------------------- on the screen
