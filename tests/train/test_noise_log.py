@@ -100,6 +100,17 @@ def test_measuring_changes_no_weight_and_off_hears_nothing(make_run, monkeypatch
     assert noise_of(off) == [] and not (off.path / "noise.jsonl").exists()
 
 
+def test_an_update_that_is_cut_to_be_measured_trains_as_one_that_is_not(make_run) -> None:
+    spec, whole = make_run(lab="whole", horizons=(24,), microbatch_seqs_per_rank=8)
+    train_here(spec, whole)
+    spec, cut = make_run(lab="cut", horizons=(24,), microbatch_seqs_per_rank=8, noise_every_steps=1)
+    train_here(spec, cut)
+    assert noise_of(cut)
+    for key in ("loss", "grad_norm"):
+        one, two = ([line[key] for line in steps_of(folder)] for folder in (whole, cut))
+        assert two == pytest.approx(one, rel=1e-4) and two != one, "low-order bits only"
+
+
 def test_only_measuring_steps_are_heard(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, folder = make_run(horizons=(48,), noise_every_steps=3)
     heard, backward = [], Passes.backward
