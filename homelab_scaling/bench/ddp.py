@@ -218,7 +218,7 @@ def flipped_switch() -> Iterator[None]:
 
 def report(setting: Setting, measurement: DdpMeasurement | None, *, labs: Path | None = None) -> DdpReport:
     """Verdicts on what was measured and advice for the whole ladder."""
-    verdicts = ()
+    verdicts: tuple[RungVerdict, ...] = ()
     if measurement is not None:
         n = measurement.n_ranks
         verdicts = tuple(RungVerdict(rung=times.rung, judgement=times.judge(n)) for times in measurement.rungs)

@@ -63,19 +63,14 @@ def page(report: "DdpReport") -> "list[RenderableType]":
 
 def as_text(report: "DdpReport", width: int = 100) -> str:
     """The page without colours."""
+    import io
+
     from rich.console import Console
 
-    console = Console(width=width, no_color=True, highlight=False, record=True, file=open_nothing())
+    console = Console(width=width, no_color=True, highlight=False, record=True, file=io.StringIO())
     for part in page(report):
         console.print(part)
     return console.export_text().rstrip()
-
-
-def open_nothing() -> "object":
-    """Somewhere to print to that nobody reads."""
-    import io
-
-    return io.StringIO()
 
 
 def _heading(m: DdpMeasurement) -> str:
@@ -98,7 +93,7 @@ def _table(title: str, *columns: str) -> "Table":
 def _sweeps(m: DdpMeasurement) -> "Table":
     """Seconds and bandwidth of each size, under each setting."""
     sweeps = [m.sweep, *([m.other_sweep] if m.other_sweep else [])]
-    columns = [c for s in sweeps for c in (f"ms, {s.setting}", "middle half", "GB/s")]
+    columns = [c for s in sweeps for c in (f"ms\n{s.setting}", "middle half", "GB/s")]
     table = _table("All-reduce of fp32 gradients", "size", *columns)
     sizes = sorted({t.n_bytes for s in sweeps for t in s.transfers})
     for size in sizes:

@@ -335,7 +335,7 @@ def consecutive(step: Callable[[], None], n_steps: int, device: torch.device) ->
             step()
             marks.append(time.perf_counter())
         return [b - a for a, b in itertools.pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(n_steps + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(n_steps + 1)]  # type: ignore[no-untyped-call]
     wait(device)
     events[0].record()
     for event in events[1:]:

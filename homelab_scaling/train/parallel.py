@@ -40,8 +40,10 @@ class Parallel:
     def wrap(self, model: nn.Module, device: torch.device) -> nn.parallel.DistributedDataParallel:
         """The model under DDP with these settings, as Accelerate would wrap it."""
         handler = self.kwargs_handler()
-        on_card = {"device_ids": [device.index], "output_device": device.index} if device.type == "cuda" else {}
-        wrapped = nn.parallel.DistributedDataParallel(model, **on_card, **handler.to_kwargs())
+        options: dict[str, Any] = handler.to_kwargs()
+        if device.type == "cuda":
+            options |= {"device_ids": [device.index], "output_device": device.index}
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
         handler.register_comm_hook(wrapped)
         return wrapped
 
