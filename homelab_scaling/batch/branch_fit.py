@@ -299,7 +299,7 @@ def fit_branches(curves: Sequence[Curve], *, tolerance_nats: float = TOLERANCE_N
     )
 
 
-def _paired_sd(curve: Curve, reference: Curve, late: Array) -> float:
+def _paired_sd(curve: Curve, reference: Curve, late: NDArray[np.bool_]) -> float:
     """Standard error of the difference on the same windows, by windows."""
     differences = (curve.losses[late] - reference.losses[late]).mean(axis=0)
     n = len(differences)

@@ -55,8 +55,8 @@ class TunedRates:
         """Why these rates are not for a ladder with this [lr] and text; None where they are."""
         if data_id is not None and data_id != self.data_id:
             return "another text"
-        plain = {"bracket": (), "bracket_rungs": 2}
-        return None if replace(rule, **plain) == replace(self.rule, **plain) else "another [lr] rule"
+        before, now = (replace(table, bracket=(), bracket_rungs=2) for table in (self.rule, rule))
+        return None if before == now else "another [lr] rule"
 
     @property
     def source(self) -> str:

@@ -1,6 +1,9 @@
 """The bracket of rates over an experiment: what is trained, moved and frozen, with launches that only write records."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -233,3 +236,30 @@ def test_a_ladder_without_a_bracket_is_left_alone(experiment) -> None:
     world = World()
     assert ensure_rates(plain, corpus, world, [].append) is None and not world.launched
     assert read_bracket(found.lab) is None
+
+
+@pytest.mark.slow
+def test_homelab_run_tunes_moves_and_trains_the_rest(tmp_path: Path) -> None:
+    path = write_ladder(tmp_path)
+    text = path.read_text(encoding="utf-8").replace("[100_000, 200_000]", "[10_240, 20_480]")
+    text = text.replace("[lr]\npeak = 1e-2", '[lr]\nrule = "fixed"\npeak = 1e-2\nbracket = [0.25, 1, 4]')
+    path.write_text(text.replace("[batch]", "[batch]\ntokens = 512"), encoding="utf-8")
+    command = [sys.executable, "-m", "homelab_scaling", "run", str(path), "--lab", str(tmp_path / "lab"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    lab = tmp_path / "lab" / "mini"
+    first = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert first.returncode == 0, first.stderr[-2000:]
+    bracket = read_bracket(lab)
+    assert bracket is not None and [r.name for r in bracket.rungs] == ["a", "b"] and bracket.effect.horizons
+    points, excluded = read_runs(lab)
+    assert len(points) == 6 and excluded == []
+    winners = {run_id for rung in bracket.rungs for run_id in rung.winner.run_ids}
+    assert winners < {p.run_id for p in points}
+    (largest,) = {f.read_spec().science.schedule.lr_peak for f in run_folders(lab) if f.path.name.startswith("c-")}
+    n_body = next(p.n_body for p in points if p.run_id not in winners)
+    assert n_body is not None and largest == pytest.approx(1e-2 * bracket.rates.factor(n_body), rel=1e-4)
+    assert "Learning rate" in (lab / "report" / "report.md").read_text(encoding="utf-8")
+    before = {p: p.stat().st_mtime_ns for p in lab.glob("*runs/*/metrics.jsonl")}
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert again.returncode == 0 and "not repeated" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in lab.glob("*runs/*/metrics.jsonl")} == before
