@@ -5,6 +5,7 @@ placing.py how a run fits so many slots launch.py  one launch and how it ended
 drive.py   the loop over all of them    limits.py  when to stop
 """
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -160,7 +161,7 @@ def _show(table: Timetable, say: Callable[[str], None]) -> None:
         say(f"  {line.plain.rstrip()}")
     if len(table.slots) > 1:
         for sentence in sentences(table):
-            say(f"  {sentence}")
+            say(textwrap.fill(sentence, GANTT_COLUMNS, initial_indent="  ", subsequent_indent="    "))
 
 
 def refuse_early(plan: Plan, ladder: Ladder, limits: Limits, n_cpu_slots: int = 1) -> None:

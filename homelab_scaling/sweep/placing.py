@@ -49,12 +49,10 @@ class Placer:
         """The run on so many slots, with the largest micro-batch that fits; None where not one sequence does."""
         if not self.box.on_gpu or self.train is None:
             return spec
-        per_rank = spec.science.batch_seqs_global // width
-        asked = self.train.microbatch_seqs_per_rank
-        if asked is not None and per_rank % asked == 0:
-            micro: int | None = asked
-        else:
-            micro = self._largest_microbatch(spec, width, per_rank)
+        per_rank, asked = spec.science.batch_seqs_global // width, self.train.microbatch_seqs_per_rank
+        if asked is not None and per_rank % asked:
+            return None
+        micro = asked or self._largest_microbatch(spec, width, per_rank)
         if micro is None and ((need := need_of_run(spec, self.box.vram_bytes)) is None or need.fits):
             micro = 1  # with its states sharded, or its blocks recomputed
         if micro is None:

@@ -1,9 +1,14 @@
-"""What comes next, as pure functions: seconds left with a range, a temperature's trend, the watchdog's next act."""
+"""What comes next, as pure functions: seconds left with a range, a temperature's trend, the watchdog's next act, and
+what a driver means to do on several slots."""
 
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
+from homelab_scaling import codec
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.plan.timetable import Timetable
 from homelab_scaling.specs import WatchLimits
 from homelab_scaling.watch.frame import CardNow, Span
 from homelab_scaling.watch.runlog import Rate
@@ -22,6 +27,8 @@ SLOPE_S, MIN_SLOPE_S = 180.0, 60.0
 STEADY_C_PER_MIN = 0.3
 """A sensor of whole degrees shows less than this by chance."""
 FAR_S = 6 * 3600.0
+PLAN_SPREAD = 1.25
+"""Range of a timetable's end: predictions of runs that have not begun are that uncertain."""
 
 
 def time_left(rates: Sequence[Rate], tokens: float, *, overhead_frac: float = 0.0, duty: float = 1.0) -> Span | None:
@@ -177,6 +184,24 @@ def soonest(cards: Sequence[CardNow], limits: Sequence[WatchLimits]) -> str | No
 
     text, _seconds, card = min(acts, key=urgency)
     return f"{called(card)} {text}"
+
+
+def read_timetable(plain: dict[str, Any] | None) -> Timetable | None:
+    """schedule.json; None where it cannot be read, which is no reason to show nothing else."""
+    if plain is None:
+        return None
+    try:
+        return codec.from_plain(plain, Timetable, "schedule.json")
+    except HomelabError:
+        return None
+
+
+def until_all_end(table: Timetable | None, now_s: float) -> Span | None:
+    """Seconds until the last run of several slots ends; None with one slot, or where a run's end is unknown."""
+    if table is None or len(table.slots) < 2 or table.end_s is None:
+        return None
+    left = max(0.0, table.end_s - now_s)
+    return Span(low=left / PLAN_SPREAD, mid=left, high=left * PLAN_SPREAD)
 
 
 def called(card: CardNow) -> str:

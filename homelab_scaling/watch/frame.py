@@ -6,6 +6,7 @@ Unknown is None, and a `why` beside it says why; zero is zero.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from homelab_scaling.plan.timetable import Timetable
 from homelab_scaling.watch.link import Level
 
 RunState = Literal[
@@ -335,3 +336,5 @@ class Frame:
     """What could not be read, in sentences."""
     replay: str | None = None
     """Of which recording this is, and how fast."""
+    timetable: Timetable | None = None
+    """Of a driver that is at work on several slots."""

@@ -23,6 +23,7 @@ from homelab_scaling.watch.cardbox import (
     rung_title,
 )
 from homelab_scaling.watch.frame import Frame
+from homelab_scaling.watch.gantt import gantt, queue_line
 from homelab_scaling.watch.runbox import loss_chart, run_lines, run_title
 
 TWO_COLUMNS = 132
@@ -41,6 +42,8 @@ class Sizes:
     """Of each card's box; 0 shows each card as one line of one box."""
     dog: int = 1
     rungs: int = 0
+    slots: int = 0
+    """Of the timetable, if there is one."""
     framed: bool = True
     spare: int = 0
     """Blank lines at the end of the column's last box."""
@@ -49,6 +52,7 @@ class Sizes:
 WISHES: tuple[tuple[str, int], ...] = (
     *(
         ("run", 5),
+        ("slots", 9),
         ("rungs", 2),
         ("card", 3),
         ("run", 6),
@@ -63,7 +67,7 @@ WISHES: tuple[tuple[str, int], ...] = (
     *(("rungs", 200), ("chart", 24), ("card", 11), ("dog", 31)),
 )
 """What a taller screen is used for, step by step."""
-ENOUGH = Sizes(run=9, chart=8, card=5, dog=6, rungs=30)
+ENOUGH = Sizes(run=9, chart=8, card=5, dog=6, rungs=30, slots=9)
 """Without a height to fill."""
 
 
@@ -123,7 +127,7 @@ class Column:
 def _steps(sizes: Sizes, name: str, wanted: int) -> list[Sizes]:
     """A wish one line at a time, so that part of it may come true; a card's box and a chart come whole."""
     now = getattr(sizes, name)
-    if name in ("card", "chart"):
+    if name in ("card", "chart", "slots"):
         return [_with(sizes, name, wanted)] if wanted > now else []
     return [_with(sizes, name, n) for n in range(now + 1, wanted + 1)]
 
@@ -135,7 +139,7 @@ def _with(sizes: Sizes, name: str, n: int) -> Sizes:
 
 def _one_column(frame: Frame, width: int, height: int | None) -> list[Text]:
     notes = _notes(frame, width, 1)
-    column = Column(frame, width, ("run", "card", "dog", "rungs"))
+    column = Column(frame, width, ("run", "slots", "card", "dog", "rungs"))
     room = None if height is None else height - len(notes)
     sizes = Sizes()
     if room is not None and column.height(sizes) > room:
@@ -152,7 +156,7 @@ def _two_columns(frame: Frame, width: int, height: int | None) -> list[Text]:
     widths = (width - right, right)
     notes = _notes(frame, width, 1)
     room = None if height is None else height - len(notes)
-    columns = [Column(frame, widths[0], ("run", "rungs")), Column(frame, widths[1], ("card", "dog"))]
+    columns = [Column(frame, widths[0], ("run", "slots", "rungs")), Column(frame, widths[1], ("card", "dog"))]
     sizes = [column.grown(Sizes(), room) for column in columns]
     if room is None:
         tallest = max(column.height(own) for column, own in zip(columns, sizes, strict=True))
@@ -238,6 +242,17 @@ def _dog_box(frame: Frame, width: int, sizes: Sizes) -> list[Text]:
     return _frame(lines, width, dog_title(frame.watchdog), sizes, dog_right(frame.watchdog))
 
 
+def _slots_box(frame: Frame, width: int, sizes: Sizes) -> list[Text]:
+    table, inner = frame.timetable, _inner(width, sizes)
+    if not sizes.slots or table is None:
+        return []
+    lines = gantt(table, frame.t_s, inner) or [queue_line(table, inner)]
+    waiting = sum(turn.state == "waiting" for turn in table.turns)
+    title = Text.assemble(("slots", "bold"), f"  {len(table.slots)}, {waiting} waiting" if waiting else "")
+    right = None if table.ends_at_s is None else Text(f"stops at {words.when(table.ends_at_s, frame.t_s)}", "yellow")
+    return _frame(lines[: sizes.slots], width, title, sizes, right)
+
+
 def _rungs_box(frame: Frame, width: int, sizes: Sizes) -> list[Text]:
     if not sizes.rungs or not frame.rungs:
         return []
@@ -246,6 +261,7 @@ def _rungs_box(frame: Frame, width: int, sizes: Sizes) -> list[Text]:
 
 BOXES: dict[str, Callable[[Frame, int, Sizes], list[Text]]] = {
     "run": _run_box,
+    "slots": _slots_box,
     "card": _cards_box,
     "dog": _dog_box,
     "rungs": _rungs_box,

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.plan.timetable import Timetable, timetable_path
 from homelab_scaling.specs import Money
+from homelab_scaling.watch import ahead, processes
 from homelab_scaling.watch.costs import together
 from homelab_scaling.watch.feed import Cached, Feed, FolderFeed
 from homelab_scaling.watch.frame import ACTIVE, Cost, CriticalBatch, Frame, LadderNow, Rung, Span
@@ -135,6 +137,9 @@ class LadderEye:
         self.runs: list[RunEye] = [RunEye(feed) for feed in feeds or ()]
         self.law = LawEye(path)
         self.plan = Cached(path / "plan.json")
+        self._schedule = Cached(timetable_path(path))
+        self._timetable: Timetable | None = None
+        self._focus: str | None = None
         self.advice = Cached(path / "batch.json")
         self._fixed = feeds is not None
         self._order: dict[str, int] = {}
@@ -191,7 +196,21 @@ class LadderEye:
             known = ", ".join(run.run_id for run in self.runs) or "none"
             raise SpecError(f"{self.path}: no run begins with {wanted}; it has {known}")
         begun = [run for run in asked or self.runs if run.state != "queued"]
-        return max(begun, key=lambda run: (run.is_active, run.moved_s), default=None)
+        # Of several that are at work, the same one as before: else the screen would jump with every metric.
+        found = max(begun, key=lambda run: (run.is_active, run.run_id == self._focus, run.moved_s), default=None)
+        self._focus = found.run_id if found is not None else None
+        return found
+
+    def timetable(self) -> Timetable | None:
+        """What a driver wrote to schedule.json that is at work on several slots now; None without one."""
+        if self._fixed:
+            return None
+        plain = self._schedule.read()
+        if self._schedule.changed or plain is None:
+            self._timetable = ahead.read_timetable(plain)
+        table = self._timetable
+        at_work = table is not None and not table.over and processes.is_alive(table.pid)
+        return table if at_work else None
 
 
 def make_frame(now_s: float, lab: Path, ladder: LadderEye | None, machine: Machine, wanted: str | None = None) -> Frame:
@@ -215,22 +234,25 @@ def make_frame(now_s: float, lab: Path, ladder: LadderEye | None, machine: Machi
     rungs = tuple(one.line(costs.get(one.run_id)) for one in ladder.runs)
     notes = [f"{one.run_id}: {problem}" for one in ladder.runs if one.seen for problem in one.seen.problems]
     notes = [problem for problem in (ladder.plan.problem, ladder.advice.problem) if problem] + notes
-    dog = machine.watchdog
+    dog, table = machine.watchdog, ladder.timetable()
     moments = sorted([*dog.moments, *(moment for one in ladder.runs for moment in one.moments())], key=lambda m: m.t_s)
     return Frame(
         t_s=now_s,
         lab=str(lab),
-        ladder=_ladder_now(ladder, rungs, list(costs.values())),
+        ladder=_ladder_now(ladder, rungs, list(costs.values()), table, now_s),
         run=shown,
         rungs=rungs,
         cards=machine.cards,
         watchdog=replace(dog, moments=tuple(moments[-N_MOMENTS:])),
         ahead=machine.ahead,
         notes=tuple(notes),
+        timetable=table if table is not None and len(table.slots) > 1 else None,
     )
 
 
-def _ladder_now(ladder: LadderEye, rungs: Sequence[Rung], costs: Sequence[Cost]) -> LadderNow:
+def _ladder_now(
+    ladder: LadderEye, rungs: Sequence[Rung], costs: Sequence[Cost], table: Timetable | None, now_s: float
+) -> LadderNow:
     question = (ladder.plan.read() or {}).get("question")
     queued_s = _queued_s(ladder)
     money = next((run.spec.money for run in ladder.runs if run.spec), Money())
@@ -240,7 +262,7 @@ def _ladder_now(ladder: LadderEye, rungs: Sequence[Rung], costs: Sequence[Cost])
         question=question if isinstance(question, str) else None,
         n_runs=len(rungs),
         n_finished=sum(rung.state == "finished" for rung in rungs),
-        left_s=_left(ladder, queued_s),
+        left_s=ahead.until_all_end(table, now_s) or _left(ladder, queued_s),
         cost=together(costs, queued_s=queued_s, money=money),
     )
 
