@@ -5,6 +5,7 @@ Where the ladder gives no batch, the gradient noise scale of each rung is measur
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -36,6 +37,9 @@ class Args:
     """Where curves go."""
     compile: Literal["auto", "on", "off"] | None = None
     """torch.compile, when not as the ladder says."""
+    autotune: bool = False
+    """Try micro-batches, compile modes and loss paths for a minute before the first run of each shape, and keep the
+    fastest; what was found is remembered for this machine."""
     gpus: str | None = None
     """Which GPUs, as nvidia-smi counts them: `0,1`; all of them when not given."""
     slots: int = 1
@@ -71,7 +75,7 @@ def main(args: Args) -> int:
             for line in [*plan.warnings, *measuring_notes(plan)]:
                 _say(f"  ! {line}" if line in plan.warnings else f"  {line}")
             if args.prepare:
-                runs = write_specs(plan, experiment, lambda spec: _with_flags(spec, args))
+                runs = write_specs(plan, experiment, _change(args, experiment))
                 _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
                 return 0
             outcome = _train(args, batches, limits)
@@ -92,9 +96,7 @@ def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
         table = experiment.ladder.train
         return local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
 
-    def change(spec: "RunSpec") -> "RunSpec":
-        return _with_flags(spec, args)
-
+    change = _change(args, experiment)
     outcome = local.Outcome(finished=(), failed={}, stopped=False)
     try:
         for rungs in batches.in_turn(_say):
@@ -113,9 +115,19 @@ def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
     return outcome
 
 
-def _with_flags(spec: "RunSpec", args: Args) -> "RunSpec":
-    execution = replace(spec.execution, trackers=args.trackers, compile=args.compile or spec.execution.compile)
-    return replace(spec, execution=execution)
+def _change(args: Args, experiment: "Experiment") -> Callable[["RunSpec"], "RunSpec"]:
+    """What the flags make of a planned run's execution settings."""
+    from homelab_scaling.train.autotune import Tuner
+
+    fixed = experiment.ladder.train.microbatch_seqs_per_rank is not None
+    tuner = Tuner(experiment.box, _say, fixed_microbatch=fixed) if args.autotune else None
+
+    def change(spec: "RunSpec") -> "RunSpec":
+        execution = replace(spec.execution, trackers=args.trackers, compile=args.compile or spec.execution.compile)
+        changed = replace(spec, execution=execution)
+        return tuner(changed) if tuner else changed
+
+    return change
 
 
 def _wrap_up(experiment: "Experiment") -> Path | None:

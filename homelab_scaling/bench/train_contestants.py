@@ -29,7 +29,6 @@ from homelab_scaling import codec
 from homelab_scaling.bench.train_job import Job
 from homelab_scaling.errors import MachineError
 from homelab_scaling.plan.counting import pad_vocab
-from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec
 
 LR, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0
@@ -63,51 +62,40 @@ class Contestant:
 
 
 class Ours(Contestant):
-    """The product's own Trainer: its model, loss path, optimizer, clipping, masks and data order."""
+    """The trainer's own step: its model, loss path, optimizer, clipping, masks and data order."""
 
     def __init__(self, job: Job) -> None:
-        from homelab_scaling.train.loop import Trainer
-        from homelab_scaling.train.session import choose, start_accelerator
+        from homelab_scaling.train.rehearsal import rehearse
 
         super().__init__(job)
-        folder = RunFolder(Path(job.folder) / "ours" / str(os.getpid()))
-        folder.path.mkdir(parents=True)
-        spec = codec.read_json(Path(job.spec), RunSpec)
-        choices = choose(spec, self.device.type == "cuda")
-        self.trainer = Trainer(
-            spec=spec,
-            folder=folder,
-            accelerator=start_accelerator(spec, folder.path),
-            choices=choices,
-            hooks=[],
-            started=time.monotonic(),
-        )
+        self.stepper = rehearse(codec.read_json(Path(job.spec), RunSpec), Path(job.folder) / "ours")
+        choices, execution = self.stepper.choices, self.stepper.execution
         self.about = (
             f"compile {choices.compile_mode if choices.compile else 'off'} ({choices.compile_reason}), "
-            f"{choices.loss_path} loss, {spec.execution.microbatch_seqs_per_rank} sequences a micro-batch"
+            f"{choices.loss_path} loss, {execution.microbatch_seqs_per_rank} sequences a micro-batch"
         )
         self._gradient: Tensor | None = None
         self._n_steps = 0
 
     def step(self) -> None:
-        self.trainer.do_update(LR)
-        self.trainer.meter.pending.clear()
+        self.stepper.do_update(LR)
+        self.stepper.meter.pending.clear()
         self._n_steps += 1
         if self._n_steps == 2:  # as the Trainer does after its first update
             gc.collect()
             gc.freeze()
 
     def backbone_step(self) -> None:
-        trainer = self.trainer
-        for micro in range(trainer.accumulation):
-            x_BT, _ = trainer.feed.micro_batch(trainer.step, micro, trainer.execution.microbatch_seqs_per_rank)
-            with trainer.accelerator.autocast():
-                hidden_BTD = trainer.model.hidden_states(x_BT)
+        stepper, seqs = self.stepper, self.stepper.execution.microbatch_seqs_per_rank
+        for micro in range(stepper.accumulation):
+            x_BT, _ = stepper.feed.micro_batch(stepper.step, micro, seqs)
+            with stepper.accelerator.autocast():
+                hidden_BTD = stepper.model.hidden_states(x_BT)
             self._gradient = _gradient_like(self._gradient, hidden_BTD)
             hidden_BTD.backward(self._gradient)
-        norm = trainer.optimizer.clip()
-        trainer.optimizer.step(LR, torch.isfinite(norm))
-        trainer.optimizer.zero_grad()
+        norm = stepper.optimizer.clip()
+        stepper.optimizer.step(LR, torch.isfinite(norm))
+        stepper.optimizer.zero_grad()
 
 
 class Plain(Contestant):

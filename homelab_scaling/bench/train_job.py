@@ -1,28 +1,13 @@
 """What one contestant of `homelab bench train` is told: shape, batch, precision, device, and where the tokens are."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from homelab_scaling import codec
 from homelab_scaling.errors import UserError
-from homelab_scaling.specs import (
-    CorpusManifest,
-    ExecutionSpec,
-    ModelShape,
-    Optim,
-    Precision,
-    RunSpec,
-    Schedule,
-    ScienceSpec,
-    ShardFile,
-    Split,
-    WatchLimits,
-    make_run_id,
-)
+from homelab_scaling.specs import ExecutionSpec, ModelShape, Precision
+from homelab_scaling.train.rehearsal import make_spec, write_random_shards
 
 N_VOCAB = 50_257
 """GPT-2's."""
@@ -48,71 +33,6 @@ class Job:
     shards: str
     spec: str
     folder: str
-
-
-def write_random_shards(folder: Path, n_vocab: int, n_tokens: int, *, seed: int = 0) -> CorpusManifest:
-    """A corpus of uniformly random ids; its losses mean nothing, its shapes and its cost are those of real text."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = {}
-    for name, n in (("train", n_tokens), ("val", max(1, n_tokens // 4))):
-        ids = rng.integers(0, n_vocab, size=n).astype(np.uint16)
-        (folder / f"{name}.bin").write_bytes(ids.tobytes())
-        file = ShardFile(name=f"{name}.bin", n_tokens=n, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
-        splits[name] = Split(files=(file,), n_tokens=n, n_bytes=4 * n, n_documents=1)
-    manifest = CorpusManifest(
-        tokenizer="random",
-        tokenizer_file=None,
-        tokenizer_hash="random",
-        n_vocab=n_vocab,
-        eot_id=None,
-        dtype="uint16",
-        sources=("random ids",),
-        held_out_rule="drawn apart",
-        **splits,
-    )
-    codec.write_json(folder / "manifest.json", manifest)
-    return manifest
-
-
-def make_spec(
-    shape: ModelShape,
-    manifest: CorpusManifest,
-    *,
-    shards: Path,
-    batch_seqs: int,
-    precision: Precision,
-    execution: ExecutionSpec,
-    n_steps: int = 100_000,
-    val_tokens: int | None = None,
-    name: str = "bench",
-    watched: bool = False,
-) -> RunSpec:
-    """A run over that corpus as the trainer takes it; unwatched, since a bench's pauses are no training."""
-    batch_tokens = batch_seqs * shape.context_tokens
-    science = ScienceSpec(
-        shape=shape,
-        n_vocab=manifest.n_vocab,
-        tokenizer_hash=manifest.tokenizer_hash,
-        train_fingerprint=manifest.train.fingerprint,
-        val_fingerprint=manifest.val.fingerprint,
-        horizons_tokens=(n_steps * batch_tokens,),
-        batch_tokens_global=batch_tokens,
-        schedule=Schedule(name="wsd", lr_peak=1e-4, warmup_tokens=batch_tokens, decay_frac=0.2, lr_final_frac=0.0),
-        optim=Optim(),
-        precision=precision,
-        seed=0,
-        val_tokens=val_tokens or shape.context_tokens,
-    )
-    return RunSpec(
-        run_id=make_run_id(name, science),
-        ladder=name,
-        rung=name,
-        science=science,
-        execution=execution,
-        shards=str(shards.resolve()),
-        watch=WatchLimits(enabled=watched),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,10 +51,11 @@ def test_terms_add_up_and_have_the_known_sizes() -> None:
     assert _predict(precision="fp32").activations_bytes > 1.9 * _predict().activations_bytes
 
 
-def test_chunk_rows_follow_the_budget_and_nothing_else() -> None:
-    assert loss_chunk_rows(10**6, 50_304) == 1280, "256 MiB of fp32 logits, in multiples of 128"
-    assert loss_chunk_rows(10**6, 50_304) * 50_304 * 4 <= memory.LOSS_CHUNK_BYTES
-    assert loss_chunk_rows(10**6, 10**6) == memory.MIN_CHUNK_ROWS, "never thinner, whatever the vocabulary"
+def test_chunk_rows_follow_the_budget_and_the_micro_batch_and_nothing_else() -> None:
+    assert loss_chunk_rows(16_384, 50_304) == 1280, "256 MiB of fp32 logits, in multiples of 128"
+    assert loss_chunk_rows(16_384, 50_304) * 50_304 * 4 <= memory.LOSS_CHUNK_BYTES
+    assert loss_chunk_rows(65_536, 50_304) == 4096, "a sixteenth of a large micro-batch"
+    assert loss_chunk_rows(8192, 10**6) == memory.MIN_CHUNK_ROWS, "never thinner, whatever the vocabulary"
     assert loss_chunk_rows(300, 50_304) == 300, "never more rows than there are"
     assert "d_model" not in loss_chunk_rows.__code__.co_varnames
 
