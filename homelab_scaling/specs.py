@@ -6,7 +6,7 @@ segments of one run without changing its result. Every class checks itself when 
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from homelab_scaling.codec import stable_hash, to_plain
@@ -89,6 +89,15 @@ class Money:
         for key in ("usd_per_kwh", "usd_per_machine_hour", "watts"):
             value = getattr(self, key)
             require(value is None or value >= 0, f"money.{key} = {value}, wants 0 or more")
+
+    def shared(self, frac: float) -> "Money":
+        """Of a share of the machine; a kilowatt-hour costs what it costs."""
+        per_hour, watts = self.usd_per_machine_hour, self.watts
+        return replace(
+            self,
+            usd_per_machine_hour=None if per_hour is None else frac * per_hour,
+            watts=None if watts is None else frac * watts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,11 +339,17 @@ class ExecutionSpec:
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     predicted_s: float | None = None
     """The plan's guess of the whole run's seconds, for the compile rule and the progress bar."""
+    machine_frac: float = 1.0
+    """Share of the machine that is this run's while others train beside it: of machine time, of stated watts, and of
+    what the machine takes without its cards."""
 
     def __post_init__(self) -> None:
         for key in ("n_processes", "microbatch_seqs_per_rank", "log_every_steps"):
             value = getattr(self, key)
             require(value >= 1, f"execution.{key} = {value}, wants 1 or more")
+        require(
+            0 < self.machine_frac <= 1, f"execution.machine_frac = {self.machine_frac}, wants more than 0, at most 1"
+        )
         every = self.noise_every_steps
         require(every is None or every >= 1, f"execution.noise_every_steps = {every}, wants 1 or more")
 
@@ -362,6 +377,11 @@ class RunSpec:
     """Folder of train.bin, val.bin and manifest.json: absolute, or relative to the run's folder."""
     money: Money = field(default_factory=Money)
     watch: WatchLimits = field(default_factory=WatchLimits)
+
+    @property
+    def own_money(self) -> Money:
+        """[money] for this run's share of the machine: what two runs at a time are billed adds up to one machine."""
+        return self.money.shared(self.execution.machine_frac)
 
     def __post_init__(self) -> None:
         wanted = make_run_id(self.rung, self.science)

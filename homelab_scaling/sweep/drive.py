@@ -347,7 +347,8 @@ class Driver:
     def _start(self, task: Task, slots: tuple[SlotNow, ...]) -> None:
         placed = self.placer.timed(task.spec, len(slots))
         assert placed is not None, "the schedule has only widths that fit"
-        spec = keep_smaller(placed, task.folder)
+        share_frac = len(slots) / len(self.slots)
+        spec = keep_smaller(replace(placed, execution=replace(placed.execution, machine_frac=share_frac)), task.folder)
         codec.write_json(task.folder.spec, spec)
         several = len(self.slots) > 1
         share = threads_of(self.placer.box, len(self.slots) / len(slots)) if self.placer.box.on_gpu else self.placer.box

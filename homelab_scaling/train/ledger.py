@@ -40,8 +40,9 @@ def make_row(
     per_token = flops_per_token(science.shape, science.n_vocab)
     alone, own = [*trunk_of(plan, decay), decay], own_phases(plan, decay)
     is_first = all(not p.earns_row for p in plan[: decay.index])
-    whole = make_bill(clock, [START, *(p.key for p in alone)], spec.money, wall)
-    marginal = make_bill(clock, [*([START] if is_first else []), *(p.key for p in own)], spec.money, wall)
+    money, wall = spec.own_money, wall.shared(spec.execution.machine_frac)
+    whole = make_bill(clock, [START, *(p.key for p in alone)], money, wall)
+    marginal = make_bill(clock, [*([START] if is_first else []), *(p.key for p in own)], money, wall)
     own_tokens = sum(p.n_updates for p in own) * science.batch_tokens_global
     rate = clock.rated_tokens / clock.rated_s if clock.rated_s else None
     peak = peak_flops(machine, science.precision)

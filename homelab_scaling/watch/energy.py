@@ -8,7 +8,7 @@ Source: +-5 % of reading, not watts: Yang et al. 2024, "Part-time power measurem
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from homelab_scaling import codec
@@ -52,6 +52,10 @@ class WallModel:
     def joules(self, card_joules: float, seconds: float) -> float:
         """At the plug, over `seconds` in which the cards took `card_joules`."""
         return self.base_w * seconds + self.slope * card_joules
+
+    def shared(self, frac: float) -> "WallModel":
+        """For a run that has this share of what is not its cards."""
+        return replace(self, base_w=frac * self.base_w)
 
     def err_frac(self, wall_w: float) -> float:
         """Relative error to state at this power: two standard deviations of the residuals, at least 2 %."""

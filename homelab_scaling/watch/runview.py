@@ -384,7 +384,8 @@ class RunEye:
     def cost(self, wall: WallModel) -> Cost:
         """Energy and money so far and at the end."""
         spec, seen = self.spec, self.seen
-        money = spec.money if spec else Money()
+        money = spec.own_money if spec else Money()
+        wall = wall.shared(spec.execution.machine_frac) if spec else wall
         if seen is None or (spec is None and not self.is_foreign):
             return Cost(kwh_why="its spec cannot be read", usd_why="its spec cannot be read")
         if self.state == "finished":

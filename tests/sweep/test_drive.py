@@ -159,6 +159,7 @@ def test_runs_see_their_own_gpu_only(make) -> None:
     assert {line["visible"] for run in runs for line in trace(run[1])} == {"0", "1"}
     assert all(len({line["visible"] for line in trace(folder)}) == 1 for _, folder in runs)
     assert {turn.n_gpus for turn in table_of(runs).turns} == {1}
+    assert {folder.read_spec().execution.machine_frac for _, folder in runs} == {0.5}
 
 
 def test_processes_of_the_ladder_are_obeyed(make) -> None:

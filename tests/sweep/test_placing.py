@@ -12,12 +12,13 @@ from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ladder import plan_ladder
 from homelab_scaling.plan.peaks import box_with
 from homelab_scaling.plan.rules import tokens_trained
-from homelab_scaling.specs import Optim
+from homelab_scaling.specs import Money, Optim
 from homelab_scaling.sweep import where
 from homelab_scaling.sweep.limits import Limits
 from homelab_scaling.sweep.local import refuse_early
 from homelab_scaling.sweep.placing import Placer, work_of
 from homelab_scaling.sweep.relay import Relay
+from homelab_scaling.watch.energy import WallModel
 from homelab_scaling.watch.gpu import Card
 
 PLAN = reference_plan()
@@ -194,3 +195,15 @@ def test_whole_lines_are_passed_on_as_they_come(tmp_path) -> None:
         file.flush()
     relay.pass_on(last=True)
     assert said == ["5m-s0 starts", "5m-s0: half", "5m-s0: end"]
+
+
+def test_two_runs_at_a_time_are_billed_one_machine() -> None:
+    """Cards' energy is each run's own; the rest of the machine, its time and its price are shared."""
+    whole, money = WallModel(base_w=100.0, slope=1.1), Money(usd_per_kwh=0.3, usd_per_machine_hour=2.0, watts=400.0)
+    spec = replace(BY_RUNG["5m"], money=money)
+    half = replace(spec, execution=replace(spec.execution, machine_frac=0.5))
+    assert half.own_money == Money(usd_per_kwh=0.3, usd_per_machine_hour=1.0, watts=200.0) and spec.own_money == money
+    two = [whole.shared(0.5).joules(300.0 * 60, 60.0), whole.shared(0.5).joules(250.0 * 60, 60.0)]
+    assert sum(two) == pytest.approx(whole.joules(550.0 * 60, 60.0))
+    assert Money().shared(0.5) == Money()
+    assert half.run_id == spec.run_id and half.science.hash == spec.science.hash
