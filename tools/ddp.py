@@ -130,11 +130,13 @@ def measured(args: Args) -> "DdpReport":
 
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: wants 1 or more")
-    box = cpu_only() if args.cpu else detect_box()
+    here = detect_box()
+    box = cpu_only() if args.cpu else here
+    save = box.on_gpu == here.on_gpu  # CPU ranks beside cards are a demonstration, and what the cards do is kept
     n_ranks = choose_ranks(box, args.ranks)
     setting = open_setting(args.ladder or default_ladder(box), args.lab, box, n_ranks)
-    found = measure(setting, labs=args.lab, rungs=args.rung, n_steps=args.steps, say=_say)
-    return report(setting, found, labs=args.lab)
+    found = measure(setting, labs=args.lab, rungs=args.rung, n_steps=args.steps, say=_say, save=save)
+    return report(setting, found, labs=args.lab if save else None)
 
 
 def _say(text: str) -> None:

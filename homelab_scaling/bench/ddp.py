@@ -25,7 +25,7 @@ from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.cost import measured_rates
 from homelab_scaling.plan.ddp_advice import LadderAdvice, advise_ladder
 from homelab_scaling.plan.ddp_judge import Judgement
-from homelab_scaling.plan.ddp_times import DdpMeasurement, ddp_path, write_ddp
+from homelab_scaling.plan.ddp_times import DdpMeasurement, ddp_path, read_ddp, write_ddp
 from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.specs import WatchLimits
@@ -122,12 +122,16 @@ def measure(
     rungs: Sequence[str] = (),
     n_steps: int = N_STEPS,
     say: Say,
+    save: bool = True,
     launch: Callable[[ProbeJob], ProbeAnswer] | None = None,
 ) -> DdpMeasurement:
     """Times everything on this machine and saves it; on GPUs the sweep runs with and without peer-to-peer.
 
+    Rungs that were measured before on the same machine, and not now, are kept.
+
     Args:
         rungs: only these, however long they take; empty takes all that are done in reasonable time.
+        save: write ddp.json.
         launch: starts the ranks and returns their answer; None is `accelerate launch`.
 
     Raises:
@@ -146,7 +150,7 @@ def measure(
         with flipped_switch():
             other = start(make_job(setting, (), n_steps=n_steps, patient=False)).sweep
     measurement = DdpMeasurement(
-        device=answer.device,
+        device=box.device if box.on_gpu else "cpu",
         n_ranks=setting.n_ranks,
         backend=answer.backend,
         threads_per_rank=answer.threads_per_rank,
@@ -160,8 +164,23 @@ def measure(
         rungs=answer.rungs,
         skipped=answer.skipped,
     )
-    write_ddp(labs, measurement)
+    if save:
+        measurement = with_earlier(measurement, read_ddp(labs))
+        write_ddp(labs, measurement)
     return measurement
+
+
+def with_earlier(now: DdpMeasurement, before: DdpMeasurement | None) -> DdpMeasurement:
+    """The new measurement, and of an older one by the same means the rungs that it lacks."""
+
+    def means(m: DdpMeasurement) -> tuple[object, ...]:
+        return m.device, m.n_ranks, m.backend, m.threads_per_rank, m.torch, m.sweep.setting
+
+    if before is None or means(before) != means(now):
+        return now
+    new = {(r.shape, r.n_vocab, r.precision) for r in now.rungs}
+    kept = tuple(r for r in before.rungs if (r.shape, r.n_vocab, r.precision) not in new)
+    return replace(now, rungs=(*now.rungs, *kept))
 
 
 def make_job(setting: Setting, rungs: tuple[RungJob, ...], *, n_steps: int, patient: bool) -> ProbeJob:
@@ -217,7 +236,11 @@ def flipped_switch() -> Iterator[None]:
 
 
 def report(setting: Setting, measurement: DdpMeasurement | None, *, labs: Path | None = None) -> DdpReport:
-    """Verdicts on what was measured and advice for the whole ladder."""
+    """Verdicts on what was measured and advice for the whole ladder.
+
+    Args:
+        labs: where the measurement was saved; None where it was not.
+    """
     verdicts: tuple[RungVerdict, ...] = ()
     if measurement is not None:
         n = measurement.n_ranks

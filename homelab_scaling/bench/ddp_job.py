@@ -64,7 +64,6 @@ class ProbeJob:
 class ProbeAnswer:
     """answer.json, written by the main rank."""
 
-    device: str
     backend: str
     threads_per_rank: int | None
     torch: str

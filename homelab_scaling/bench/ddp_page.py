@@ -227,5 +227,6 @@ def _closing(report: "DdpReport") -> list[str]:
     if m is not None and m.threads_per_rank is not None:
         lines.append("CPU ranks show the method; on a CPU `homelab run` trains with one process of all cores.")
     if report.saved:
-        lines.append(f"saved: {report.saved}; `homelab plan` and `homelab run` reckon with it from now on")
+        used = "; `homelab plan` and `homelab run` reckon with it from now on"
+        lines.append(f"saved: {report.saved}{used if m is None or m.threads_per_rank is None else ''}")
     return lines

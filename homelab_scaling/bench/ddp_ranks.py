@@ -34,7 +34,8 @@ AGAIN_WARMUP = 3
 """Steps before timing goes on with a kind that is warm already."""
 N_ROUNDS = 2
 """Kinds take turns, so that a drift of the clock or the heat meets all of them."""
-KINDS = ("alone_full", "alone_rank", "together_full", "together_rank", "no_sync", "sync")
+BARE_KINDS = ("alone_full", "together_full", "alone_rank", "together_rank")
+"""In an order in which a compiled model is compiled twice."""
 MIN_STEPS = 4
 
 
@@ -84,7 +85,6 @@ def probe(job: ProbeJob) -> ProbeAnswer:
         else:
             rungs.append(times)
     return ProbeAnswer(
-        device=torch.cuda.get_device_name(here.device) if here.on_gpu else "cpu",
         backend=torch.distributed.get_backend(),
         threads_per_rank=None if here.on_gpu else torch.get_num_threads(),
         torch=torch.__version__,
@@ -249,8 +249,8 @@ def time_rung(job: ProbeJob, rung: RungJob, here: Here) -> RungTimes | str:
     n_steps = here.ranks.max([-steps_within(job, first_s)])[0] * -1
     if n_steps < MIN_STEPS:
         return (
-            f"not measured: a step takes {first_s:.1f} s here, so {len(KINDS)} kinds of steps would take longer than "
-            f"{job.seconds_per_rung:.0f} s; --rung {rung.name} takes the time"
+            f"not measured: a step takes {first_s:.1f} s here, so {len(BARE_KINDS) + 2} kinds of steps would take "
+            f"longer than {job.seconds_per_rung:.0f} s; --rung {rung.name} takes the time"
         )
     found = take_turns(stepper, job.n_warmup, n_steps, rounds=1 if rung.compile else N_ROUNDS)
     times = {kind: Timed.of(seconds) for kind, seconds in found.items()}
@@ -295,7 +295,7 @@ def take_turns(stepper: Stepper, n_warmup: int, n_steps: int, *, rounds: int) ->
         found.setdefault(name, []).extend(over_ranks(here, kind, mine))
 
     for _ in range(rounds):
-        for kind in ("alone_full", "alone_rank", "together_full", "together_rank"):
+        for kind in BARE_KINDS:
             block(kind)
         for suffix, bucket, bf16 in wrappings:
             with stepper.under_ddp(bucket, bf16=bf16):

@@ -207,7 +207,13 @@ def advise_ladder(measurement: DdpMeasurement | None, plan: Plan, n_ranks: int, 
         for rung in plan.rungs
     )
     fabric = measurement.fabric if measurement is not None and measurement.is_of(box) else ASSUMED_FABRIC
-    return LadderAdvice(n_ranks=n_ranks, rungs=rungs, mix=mix, fabric=fabric, words=_words(mix, runs, n_ranks))
+    return LadderAdvice(
+        n_ranks=n_ranks,
+        rungs=rungs,
+        mix=mix,
+        fabric=fabric,
+        words=_words(mix, runs, f"{n_ranks} {'cards' if box.on_gpu else 'CPU ranks'}"),
+    )
 
 
 def runs_gain(measurement: DdpMeasurement | None, n_ranks: int, box: Box) -> float:
@@ -223,12 +229,12 @@ def _advice_of(name: str, split: set[str], n_whole: int, gain: float) -> Advice:
     return "two independent runs" if n_whole > 1 and gain > NOTABLY else "one GPU"
 
 
-def _words(mix: Mix, runs: Sequence[tuple[float, float, str]], n_ranks: int) -> str:
+def _words(mix: Mix, runs: Sequence[tuple[float, float, str]], cards: str) -> str:
     from homelab_scaling.plan.show import duration
 
     told = [
-        f"one card after another run {duration(mix.one_card_s)}",
-        f"independent runs on {n_ranks} cards {duration(mix.packed_s)}",
+        f"one run after another, not split, {duration(mix.one_card_s)}",
+        f"independent runs on {cards} {duration(mix.packed_s)}",
         f"DDP for every run {duration(mix.all_ddp_s)}",
     ]
     if 0 < mix.n_ddp < len(runs):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,6 @@ class PlayedCards:
             )
         link = {"name": "RTX 4080", "generation": 4, "generation_max": 4, "width": 8, "width_max": 16}
         return ProbeAnswer(
-            device="RTX 4080",
             backend="nccl",
             threads_per_rank=None,
             torch="2.13.0",
@@ -182,6 +182,18 @@ def test_two_cards_are_measured_with_and_without_peer_to_peer_and_the_page_fits_
     small, large = report.advice.rungs[0], report.advice.rungs[-1]
     assert small.efficiency < large.efficiency and large.basis.startswith("measured")
     codec.from_plain(json.loads(codec.dumps(found)), DdpMeasurement, "json")
+
+
+def test_rungs_measured_earlier_by_the_same_means_are_kept(tmp_path: Path) -> None:
+    setting, cards = ddp.open_setting("gpt2_5m_120m", tmp_path, box_with("RTX 4080", 2), 2), PlayedCards()
+    for rung in ("5m", "124m", "5m"):
+        ddp.measure(setting, labs=tmp_path, rungs=(rung,), say=lambda _: None, launch=cards)
+    kept = read_ddp(tmp_path)
+    assert kept is not None and sorted(r.rung for r in kept.rungs) == ["124m", "5m"]
+    ddp.measure(setting, labs=tmp_path, rungs=("24m",), say=lambda _: None, launch=cards, save=False)
+    assert read_ddp(tmp_path) == kept
+    other = replace(kept, torch="2.6.0")
+    assert ddp.with_earlier(kept, other) == kept == ddp.with_earlier(kept, None)
 
 
 def test_ranks_that_leave_no_answer_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
