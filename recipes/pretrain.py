@@ -50,7 +50,7 @@ class Args:
     """torch.compile."""
     loss: Literal["auto", "chunked", "plain"] | None = None
     """Loss path."""
-    recompute: bool | None = None
+    recompute: Literal["on", "off"] | None = None
     """Activation checkpointing: blocks are computed again on the way back; less memory, a third more time."""
     sharding: Literal["none", "grad-op", "full"] | None = None
     """What FSDP splits over the ranks: nothing, gradients and optimizer states, or the weights too."""
@@ -85,7 +85,7 @@ def with_overrides(spec: RunSpec, folder: RunFolder, args: Args) -> RunSpec:
         "device": args.device,
         "compile": args.compile,
         "loss": args.loss,
-        "activation_checkpointing": args.recompute,
+        "activation_checkpointing": None if args.recompute is None else args.recompute == "on",
         "sharding": args.sharding,
         "trackers": args.trackers,
     }
