@@ -15,7 +15,7 @@ from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from homelab_scaling import cli, codec  # noqa: E402
-from homelab_scaling.batch.branch import BranchPlan  # noqa: E402
+from homelab_scaling.batch.branch_plan import BranchPlan  # noqa: E402
 from homelab_scaling.errors import HomelabError  # noqa: E402
 
 

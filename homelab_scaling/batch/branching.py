@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from homelab_scaling import codec
-from homelab_scaling.batch.branch import BranchPlan, BranchSpec, bill_path, is_done, windows_path
+from homelab_scaling.batch.branch import bill_path, is_done, windows_path
+from homelab_scaling.batch.branch_plan import BranchPlan, BranchSpec
 from homelab_scaling.batch.probe import work_folder
 from homelab_scaling.errors import CheckpointError
 from homelab_scaling.runs import RunFolder

@@ -24,8 +24,9 @@ from homelab_scaling.batch.advice import (
     read_advice,
     write_advice,
 )
-from homelab_scaling.batch.branch import BranchPlan, plan_branch, run_branch
+from homelab_scaling.batch.branch import run_branch
 from homelab_scaling.batch.branch_fit import BranchResult
+from homelab_scaling.batch.branch_plan import BranchPlan, plan_branch
 from homelab_scaling.batch.measure import (
     assumed_corpus,
     b_simple_at_middle,

@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState, GradientState
 from toy_run import write_shards
 
 from homelab_scaling import codec
-from homelab_scaling.batch import branch, branching
+from homelab_scaling.batch import branch, branch_plan, branching
 from homelab_scaling.batch.advice import calibration_from_branch
-from homelab_scaling.batch.branch import BranchPlan, finished_branch, plan_branch, run_branch, windows_path
+from homelab_scaling.batch.branch import finished_branch, run_branch, windows_path
 from homelab_scaling.batch.branch_fit import BranchResult
+from homelab_scaling.batch.branch_plan import BranchPlan, plan_branch
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.probe import plan_probe, prepare_probe, work_folder
 from homelab_scaling.batch.probing import run_probe
@@ -81,7 +82,7 @@ def begin_anew() -> None:
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     found = Toy(tmp_path)
     monkeypatch.setattr(branch, "run_recipe", found.launch)
-    monkeypatch.setattr(branch, "MIN_STEPS", 12)
+    monkeypatch.setattr(branch_plan, "MIN_STEPS", 12)
     return found
 
 
