@@ -221,6 +221,11 @@ def write_json(path: Path, obj: Any, *, durable: bool = True) -> None:
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replaces `path` atomically, as `write_bytes` does."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replaces `path` atomically: temporary file beside it, fsync, rename, fsync of the folder.
 
     Args:
@@ -230,8 +235,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

@@ -16,10 +16,11 @@ from homelab_scaling import cli, codec
 from homelab_scaling.errors import DataError, Stopped, StoppedByWatchdog
 
 if TYPE_CHECKING:
+    from homelab_scaling.plan.parts import Plan
     from homelab_scaling.specs import RunSpec
     from homelab_scaling.sweep.batches import Batches
     from homelab_scaling.sweep.limits import Limits
-    from homelab_scaling.sweep.local import Outcome
+    from homelab_scaling.sweep.local import Outcome, Run
     from homelab_scaling.sweep.prepare import Experiment
 
 
@@ -50,6 +51,12 @@ class Args:
     """Stop cleanly at a time of day, such as 07:00; the same command goes on."""
     max_usd: float | None = None
     """Stop cleanly when the whole ladder has cost so much, by its [money] table."""
+    engine: Literal["local", "ray"] = "local"
+    """`ray` trains on an existing Ray cluster, one task a run."""
+    address: str = "auto"
+    """HOST:PORT of that cluster's head; auto is the one this machine belongs to."""
+    folders: Literal["auto", "shared", "sent"] = "auto"
+    """Whether its machines mount the lab, or files are sent; auto looks."""
     json: bool = False
     """Print how it ended as one JSON document."""
 
@@ -65,6 +72,9 @@ def main(args: Args) -> int:
     use_gpus(args.gpus)
     limits = make_limits(max_hours=args.max_hours, until=args.until, max_usd=args.max_usd, now_s=time.time())
     experiment = open_experiment(args.ladder, args.lab)
+    crowd = _Crowd(args, experiment) if args.engine == "ray" else None
+    if crowd is not None:
+        experiment = crowd.experiment
     with experiment.lock():
         plan = Batches(experiment, existing_corpus(experiment)).planned()
         local.refuse_early(plan, experiment.ladder, limits, args.slots)
@@ -78,12 +88,14 @@ def main(args: Args) -> int:
                 runs = write_specs(plan, experiment, _change(args, experiment))
                 _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
                 return 0
-            outcome = _train(args, batches, limits)
+            if crowd is not None:
+                crowd.refuse_to_measure(plan)
+        outcome = _train(args, batches, limits, crowd)
         report = _wrap_up(experiment)
     return _end(args, experiment, outcome, report)
 
 
-def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
+def _train(args: Args, batches: "Batches", limits: "Limits", crowd: "_Crowd | None") -> "Outcome":
     """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
     from homelab_scaling.sweep import local
     from homelab_scaling.sweep.bracket import ensure_rates
@@ -93,6 +105,8 @@ def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
     assert corpus is not None
 
     def launch(runs: "list[local.Run]") -> "Outcome":
+        if crowd is not None:
+            return crowd.run_all(runs, limits)
         table = experiment.ladder.train
         return local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
 
@@ -113,6 +127,31 @@ def _train(args: Args, batches: "Batches", limits: "Limits") -> "Outcome":
     except StoppedByWatchdog as error:
         outcome = replace(outcome, stopped=True, watchdog=str(error))
     return outcome
+
+
+class _Crowd:
+    """The Ray cluster in place of this box."""
+
+    def __init__(self, args: Args, experiment: "Experiment") -> None:
+        from homelab_scaling.sweep import ray_cluster
+
+        self.ray = ray_cluster.connect(args.address)
+        self.cluster = ray_cluster.survey(self.ray, experiment.lab, args.folders, experiment.ladder.train)
+        self.own_box = experiment.box
+        self.experiment = replace(experiment, box=self.cluster.box)
+        _say(ray_cluster.words(self.cluster))
+
+    def refuse_to_measure(self, plan: "Plan") -> None:
+        from homelab_scaling.sweep.ray_cluster import refuse_to_measure_elsewhere
+
+        measures = plan.measuring is not None and bool(plan.measuring.rungs)
+        refuse_to_measure_elsewhere(self.cluster, self.own_box, measures)
+
+    def run_all(self, runs: "list[Run]", limits: "Limits") -> "Outcome":
+        from homelab_scaling.sweep import ray_cluster
+
+        lab, shards = self.experiment.lab, self.experiment.shards
+        return ray_cluster.run_all(self.ray, self.cluster, runs, lab=lab, shards=shards, limits=limits, say=_say)
 
 
 def _change(args: Args, experiment: "Experiment") -> Callable[["RunSpec"], "RunSpec"]:

@@ -1,0 +1,192 @@
+"""A ladder on a Ray cluster of several CPU nodes on this machine: lost nodes, Ctrl-C, files that travel, bad addresses.
+
+What runs is the whole command as its user gives it, against `ray.cluster_utils`; only the machines share a kernel.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from homelab_scaling import codec
+from homelab_scaling.runs import RunFolder, run_folders
+
+LADDER = """\
+name = "tiny"
+context_tokens = 16
+rungs = [
+    { name = "a", n_layer = 1, d_model = 16, n_head = 1 },
+    { name = "b", n_layer = 1, d_model = 32, n_head = 1 },
+    { name = "c", n_layer = 2, d_model = 32, n_head = 2 },
+]
+[data]
+sources = ["text"]
+tokenizer = "bytes"
+val_frac = 0.1
+[horizons]
+tokens = [%(tokens)s]
+[batch]
+tokens = 128
+noise_every_steps = 0
+[validation]
+full_tokens = 512
+curve_tokens = 128
+[train]
+compile = "off"
+checkpoint_every_steps = 50
+"""
+HOMELAB = [sys.executable, "-m", "homelab_scaling"]
+
+
+class Crowd:
+    """A head without CPUs, on which commands are given, and nodes of one CPU each."""
+
+    def __init__(self, n_nodes: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster: Any = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE}
+        )
+        self.nodes = [self.cluster.add_node(num_cpus=1, **STORE) for _ in range(n_nodes)]
+        self.cluster.wait_for_nodes()
+
+    def kill_node(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
+
+
+STORE = {"object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def crowd() -> Iterator[Crowd]:
+    pytest.importorskip("ray")
+    made = Crowd(3)
+    yield made
+    made.cluster.shutdown()
+
+
+@pytest.fixture
+def ladder(tmp_path: Path) -> Path:
+    return write_ladder(tmp_path, "1280, 2560")
+
+
+def write_ladder(folder: Path, tokens: str) -> Path:
+    text = folder / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text("".join(f"{i} and {j} is {i + j}; " for j in range(150)), encoding="utf-8")
+    path = folder / "tiny.toml"
+    path.write_text(LADDER % {"tokens": tokens}, encoding="utf-8")
+    return path
+
+
+def begin(ladder: Path, lab: Path, *more: str) -> "subprocess.Popen[str]":
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [*HOMELAB, "run", str(ladder), "--lab", str(lab), "--trackers", "--json", *more],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: "subprocess.Popen[str]", code: int = 0) -> tuple[dict[str, Any], str]:
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == code, err
+    return (json.loads(out)["outcome"] if out.strip() else {}), err
+
+
+def losses(lab: Path) -> dict[str, float]:
+    records = [folder.read_record() for folder in run_folders(lab / "tiny")]
+    return {row.row_id: row.loss_nats for record in records if record is not None for row in record.rows}
+
+
+def steps_of(folder: RunFolder) -> list[int]:
+    return [line["update"] for line in codec.read_jsonl(folder.metrics) if line["kind"] == "step"]
+
+
+def wait_until(true: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folders", ["shared", "sent"])
+def test_a_cluster_gives_the_rows_of_one_box(crowd: Crowd, ladder: Path, tmp_path: Path, folders: str) -> None:
+    address = crowd.cluster.address
+    end(begin(ladder, tmp_path / "here"))
+    outcome, said = end(
+        begin(ladder, tmp_path / "there", "--engine", "ray", "--address", address, "--folders", folders)
+    )
+    assert len(outcome["finished"]) == 3 and not outcome["failed"], said
+    assert losses(tmp_path / "there") == losses(tmp_path / "here")
+    assert len((tmp_path / "there" / "tiny" / "runs.csv").read_text(encoding="utf-8").splitlines()) == 1 + 6
+    again, said = end(begin(ladder, tmp_path / "there", "--engine", "ray", "--address", address))
+    assert said.count("not repeated") == 3 and len(again["finished"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folders", ["shared", "sent"])
+def test_a_node_that_dies_loses_nothing_and_nothing_runs_twice(crowd: Crowd, tmp_path: Path, folders: str) -> None:
+    address = crowd.cluster.address
+    ladder, lab = write_ladder(tmp_path, "12800, 38400"), tmp_path / "lab"
+    crowd.nodes.append(crowd.cluster.add_node(num_cpus=1, **STORE))
+    crowd.cluster.wait_for_nodes()
+    process = begin(ladder, lab, "--engine", "ray", "--address", address, "--folders", folders)
+    runs = lab / "tiny" / "runs"
+    wait_until(
+        lambda: (runs.is_dir() and len([p for p in runs.glob("*/events.jsonl")]) == 3) or process.poll() is not None
+    )
+    crowd.kill_node()
+    outcome, said = end(process)
+    assert len(outcome["finished"]) == 3, said
+    segments = 0
+    for folder in run_folders(lab / "tiny"):
+        n = steps_of(folder)
+        assert n == sorted(set(n)), "an update is there twice"
+        assert [row.n_tokens for row in folder.read_record().rows] == [12800, 38400]  # type: ignore[union-attr]
+        segments += len([e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"])
+    end(begin(ladder, tmp_path / "undisturbed"))
+    assert losses(lab) == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(crowd: Crowd, tmp_path: Path) -> None:
+    address = crowd.cluster.address
+    ladder, lab = write_ladder(tmp_path, "12800, 38400"), tmp_path / "lab"
+    process = begin(ladder, lab, "--engine", "ray", "--address", address)
+    wait_until(lambda: len(list((lab / "tiny" / "runs").glob("*/metrics.jsonl"))) >= 1)
+    process.send_signal(signal.SIGINT)
+    outcome, said = end(process, code=75)
+    assert outcome["stopped"], said
+    statuses = {r.status for f in run_folders(lab / "tiny") if (r := f.read_record()) is not None}
+    assert statuses <= {"stopped", "finished"} and "stopped" in statuses
+    outcome, said = end(begin(ladder, lab, "--engine", "ray", "--address", address))
+    assert len(outcome["finished"]) == 3, said
+    for folder in run_folders(lab / "tiny"):
+        n = steps_of(folder)
+        assert n == sorted(set(n))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers there"),
+        ("nonsense", "wants HOST:PORT"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_one_sentence(ladder: Path, tmp_path: Path, address: str, said: str) -> None:
+    pytest.importorskip("ray")
+    _, err = end(begin(ladder, tmp_path / "lab", "--engine", "ray", "--address", address), code=2)
+    assert said in err and "Traceback" not in err
+    assert not (tmp_path / "lab").exists()
