@@ -18,8 +18,9 @@ from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.critical import BatchLaw, Estimate, TradeOff, fit_batch_law
 from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.forecast import SAME_TOKENS_FACTOR, Z95, Forecast, Known, forecast
+from homelab_scaling.batch.midrun import SLOPE
 from homelab_scaling.batch.priors import OVERHEAD_FRAC, Band, Prior, band, priors_for
-from homelab_scaling.batch.table import Row, Setting, choose_row, row_at, trade_off_table
+from homelab_scaling.batch.table import SHORTEST_STEPS, Row, Setting, choose_row, row_at, trade_off_table
 from homelab_scaling.batch.trials import SweepResult
 from homelab_scaling.errors import DataError
 from homelab_scaling.plan import rules
@@ -360,8 +361,18 @@ def _advise_rung(
         return _own_batch(setting, measured, f"nothing is known of its noise scale ({reason})")
     basis, b_crit = found
     base = base_batch(setting)
-    rows = trade_off_table(setting, b_crit.value, also_tokens=[rung.training.batch_tokens])
-    choice = choose_row(rows, overhead_max_frac)
+    tuned = setting.ladder.lr.at_batch_tokens
+    shown = [rung.training.batch_tokens, *([tuned] if tuned else [])]
+    rows = trade_off_table(setting, b_crit.value, also_tokens=shown)
+    shortest = rung.training.horizons[0].tokens
+    # One batch for all horizons: the noise scale grows along the run, and the shortest bounds it.
+    share = math.pow(shortest / setting.horizon_tokens, SLOPE)
+    choice = choose_row(
+        rows,
+        overhead_max_frac * share,
+        tuned_tokens=tuned,
+        most_tokens=max(tuned or 0, setting.shape.context_tokens, shortest // SHORTEST_STEPS),
+    )
     batch = choice.row.batch_tokens
     scale = lr_scale(batch, base, b_crit.value)
     beta2 = rescaled_beta2(setting.ladder.optim.beta2, batch, base) if rescale_beta2 else None

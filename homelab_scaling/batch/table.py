@@ -7,7 +7,7 @@ tokens in D / B_crit (1 + B_crit / B) steps.
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homelab_scaling import codec
@@ -24,6 +24,14 @@ from homelab_scaling.specs import ModelShape, Precision
 
 REAL_GAIN_FRAC = 0.02
 """Less time saved than this is not worth a larger batch: it is within the repeatability of a measured speed."""
+TUNED_GAIN_FRAC = 0.10
+"""Less time saved than this is not worth leaving the batch that the rate was tuned at: scaling a rate by sqrt(B) is a
+risk of its own (quickstart's 110k rung loses 0.18 nats at 1.7 times its best rate)."""
+SHORTEST_STEPS = 500
+"""Of the smallest horizon, at a batch that is advised. B_crit early in training is far below that of mid-run, and a
+short run never makes good what it lost there: at 2,048 tokens instead of 1,024, its rate by the square root, the
+quickstart's 54k rung was 0.30 nats worse after 293 steps, 0.10 after 586, level after 1,172; the 238k rung 0.51, 0.50
+and 0.32."""
 MIN_INTERVALS = 3
 """Fewer log intervals than this tell no speed."""
 BEYOND_CRITICAL = 4.0
@@ -263,10 +271,21 @@ class Choice:
     why: str
 
 
-def choose_row(rows: Sequence[Row], overhead_max_frac: float = OVERHEAD_FRAC) -> Choice:
+def choose_row(
+    rows: Sequence[Row],
+    overhead_max_frac: float = OVERHEAD_FRAC,
+    *,
+    tuned_tokens: int | None = None,
+    most_tokens: int | None = None,
+) -> Choice:
     """The largest batch within the overhead that saves real time against every smaller one.
 
     Without any speed, the largest within the overhead. Where none is within it, the smallest there is.
+
+    Args:
+        tuned_tokens: the batch that the rate was tuned at: within the overhead it is left only for a gain in time that
+            is worth scaling the rate by a rule.
+        most_tokens: no larger batch is taken, whatever it saves.
     """
     allowed = [row for row in rows if row.overhead_frac <= overhead_max_frac]
     if not allowed:
@@ -276,10 +295,28 @@ def choose_row(rows: Sequence[Row], overhead_max_frac: float = OVERHEAD_FRAC) ->
             why=f"the smallest that can be run; it already costs {row.overhead_frac:.0%} more tokens than a smaller "
             f"one would, above the {overhead_max_frac:.0%} allowed",
         )
+    if most_tokens is not None and allowed[-1].batch_tokens > most_tokens:
+        fewer = [row for row in allowed if row.batch_tokens <= max(most_tokens, allowed[0].batch_tokens)]
+        found = _fastest(fewer, rows[: len(fewer) + 1], overhead_max_frac, tuned_tokens)
+        return replace(found, why=f"{found.why}; more than {most_tokens:,} would leave the rows too few steps")
+    return _fastest(allowed, rows, overhead_max_frac, tuned_tokens)
+
+
+def _fastest(allowed: Sequence[Row], rows: Sequence[Row], overhead_max_frac: float, tuned_tokens: int | None) -> Choice:
     taken, top = allowed[0], allowed[-1]
     for row in allowed[1:]:
         if row.seconds is None or taken.seconds is None or row.seconds < taken.seconds * (1 - REAL_GAIN_FRAC):
             taken = row
+    tuned = next((row for row in allowed if row.batch_tokens == tuned_tokens), None)
+    if tuned is not None and tuned is not taken and tuned.seconds is not None and taken.seconds is not None:
+        gained = 1 - taken.seconds / tuned.seconds
+        if gained < TUNED_GAIN_FRAC:
+            return Choice(
+                row=tuned,
+                why=f"{tuned.overhead_frac:.0%} more tokens than a small batch would need, and the rate was tuned at "
+                f"it; {taken.batch_tokens:,} tokens ({taken.overhead_frac:.0%}) would save {gained:.0%} of the time, "
+                f"less than the {TUNED_GAIN_FRAC:.0%} for which a tuned rate is scaled",
+            )
     head = f"{taken.overhead_frac:.0%} more tokens than a small batch would need"
     if taken.seconds is None:
         return Choice(row=taken, why=f"{head}, the most allowed; no speed is known to weigh against it")

@@ -339,6 +339,42 @@ def test_advice_survives_its_file(tmp_path: Path) -> None:
     assert advice.read_advice(tmp_path / "elsewhere") is None
 
 
+@pytest.mark.parametrize(("seconds", "taken"), [((30.0, 24.0, 22.0), 1024), ((30.0, 24.0, 20.0), 2048)])
+def test_the_batch_of_a_tuned_rate_is_left_only_for_a_real_gain(seconds: tuple[float, ...], taken: int) -> None:
+    (setting, *_rest) = make_settings()
+    rows = [
+        replace(table.row_at(setting, b, 20_000), seconds=s) for b, s in zip((512, 1024, 2048), seconds, strict=True)
+    ]
+    found = table.choose_row(rows, 0.2, tuned_tokens=1024)
+    assert found.row.batch_tokens == taken
+    assert ("the rate was tuned at it; 2,048 tokens (10%) would save 8% of the time" in found.why) == (taken == 1024)
+    assert table.choose_row(rows, 0.2).row.batch_tokens == 2048
+    assert table.choose_row(rows, 0.04, tuned_tokens=1024).row.batch_tokens == 512, "above the overhead it is no choice"
+
+
+def test_the_base_of_the_rate_is_what_the_ladder_says_first() -> None:
+    for lr, batch, base in (
+        (LrTable(at_batch_tokens=512), BatchTable(tokens=4096), 512),
+        (LrTable(), BatchTable(tokens=4096), 4096),
+        (LrTable(), BatchTable(), rules.step_law_batch(40_000_000)),
+    ):
+        (setting, *_rest) = make_settings(make_ladder(lr=lr, batch=batch))
+        assert advice.base_batch(setting) == pytest.approx(base, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("at", "batch", "source", "scale"),
+    [(1024, 1024, "[lr]", 1.0), (None, 12288, "Step Law", 1.0), (49152, 12288, "Step Law", 0.5)],
+)
+def test_without_a_measurement_the_rate_goes_down_with_the_batch_and_never_up(
+    at: int | None, batch: int, source: str, scale: float
+) -> None:
+    training = plan_ladder(make_ladder(lr=LrTable(at_batch_tokens=at)), corpus(), CPU).rungs[0].training
+    plain = plan_ladder(make_ladder(), corpus(), CPU).rungs[0].training
+    assert training.batch_tokens == pytest.approx(batch, rel=0.05) and training.batch_source == source
+    assert training.lr_peak / plain.lr_peak == pytest.approx(scale, rel=0.03)
+
+
 # ------------------------------------------------------------------------------------------------------ in the plan
 
 

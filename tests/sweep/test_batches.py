@@ -232,7 +232,7 @@ def test_a_lower_bound_alone_is_used(
     assert homelab("run", ladder).code == 0
     assert {r.basis for r in advice_of(ladder).rungs} == {"bound"}
     assert {r.b_crit.value for r in advice_of(ladder).rungs} == {700.0}
-    assert trained["a"].science.batch_tokens_global == 128, "0.2 of 700, in sequences of 32"
+    assert trained["a"].science.batch_tokens_global == 96, "0.2 of 700 half-way down the ladder's horizons: 99 tokens"
 
 
 def test_a_burn_in_that_is_too_short_leaves_the_ladders_own_batch(
