@@ -73,7 +73,7 @@ class Schedule:
     """By start."""
     makespan_s: float
     alternatives: tuple[Alternative, ...]
-    """Pack, all DDP, mixed; empty with one slot."""
+    """Pack, all DDP, mixed; empty where no run can be spread."""
     why: str
     unit: Unit = "s"
 
@@ -115,12 +115,16 @@ def make_schedule(
     mixed = min(_mixtures(ordered, can_spread, free, restart_s), key=_rank)
     by_run = {job.run_id: job for job in jobs}
     alternatives = (
-        Alternative(name="pack", what="one slot each, longest first", makespan_s=_end(pack)),
-        Alternative(name="all DDP", what="every run over all slots", makespan_s=_end(everything)),
-        Alternative(name="mixed", what=_words(mixed, by_run), makespan_s=_end(mixed)),
+        ()
+        if not can_spread
+        else (
+            Alternative(name="pack", what="one slot each, longest first", makespan_s=_end(pack)),
+            Alternative(name="all DDP", what="every run over all slots", makespan_s=_end(everything)),
+            Alternative(name="mixed", what=_words(mixed, by_run), makespan_s=_end(mixed)),
+        )
     )
     chosen = min((pack, everything, mixed), key=_rank)
-    return _schedule(slots, chosen, alternatives, _why(chosen, pack, everything, can_spread, unit), unit)
+    return _schedule(slots, chosen, alternatives, _why(chosen, pack, everything, by_run, unit), unit)
 
 
 def worth_spreading(job: Job, left_s: float, now_on: int, n_slots: int, restart_s: float) -> int | None:
@@ -254,21 +258,18 @@ def _why(
     chosen: tuple[Assignment, ...],
     pack: tuple[Assignment, ...],
     everything: tuple[Assignment, ...],
-    can_spread: Sequence[Job],
+    jobs: Mapping[str, Job],
     unit: Unit,
 ) -> str:
     if unit == "FLOPs":
         return "no speed is known on this device yet, so runs are packed by their FLOPs and none is spread"
-    if not can_spread:
-        return "no run can be spread over several slots"
-    if not any(one.ddp for one in chosen):
-        return "packing keeps every slot busy to the end; DDP would add its traffic and save nothing"
-    saved = [f"{1 - _end(chosen) / _end(other):.0%} earlier than {name}" for name, other in _others(pack, everything)
-             if _end(other) > _end(chosen)]  # fmt: skip
-    return f"{_words(chosen, {job.run_id: job for job in can_spread})}: ends {' and '.join(saved)}"
-
-
-def _others(
-    pack: tuple[Assignment, ...], everything: tuple[Assignment, ...]
-) -> tuple[tuple[str, tuple[Assignment, ...]], ...]:
-    return ("packing alone", pack), ("DDP for all", everything)
+    if not any(job.narrowest < job.widest(2**16) for job in jobs.values()):
+        return "packed, longest first"
+    if _end(chosen) >= _end(pack):
+        return "packed, longest first: DDP would pay for its traffic and save nothing"
+    saved = [
+        f"{1 - _end(chosen) / _end(other):.0%} earlier than {name}"
+        for name, other in (("packing alone", pack), ("DDP for all", everything))
+        if _end(other) > _end(chosen)
+    ]
+    return f"{_words(chosen, jobs)}: ends {' and '.join(saved)}"

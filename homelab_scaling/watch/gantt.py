@@ -99,7 +99,7 @@ def _axis(view: _View, label: int) -> Text:
 
 
 def sentences(table: Timetable) -> list[str]:
-    """What the schedule is, in words: the ways there were, and why this one."""
+    """What the schedule is, in words: the ways there were where they differ, and why this one."""
     from homelab_scaling.watch.ahead import duration
 
     said = [f"{choice.name}: {duration(choice.seconds)} ({choice.what})" for choice in table.choices]

@@ -80,9 +80,10 @@ def test_without_speeds_the_flops_decide_and_nothing_is_spread() -> None:
 
 def test_a_run_that_fits_no_single_card_is_always_spread_and_one_that_cannot_be_never() -> None:
     both = Job(run_id="big", rung="big", seconds={2: 50.0})
-    schedule = make_schedule([both, job("odd", 60)], (0, 1))
-    widths = {a.run_id: len(a.slots) for a in schedule.assignments}
-    assert widths == {"big": 2, "odd": 1}
+    for others in ([job("odd", 60)], [job("odd", 60), job("even", 500, 0.9)]):
+        schedule = make_schedule([both, *others], (0, 1))
+        widths = {a.run_id: len(a.slots) for a in schedule.assignments if a.rung != "even"}
+        assert widths == {"big": 2, "odd": 1} and "big" not in schedule.why
     with pytest.raises(ValueError, match="needs 2 slots"):
         make_schedule([both], (0,))
 
