@@ -8,7 +8,8 @@ from rich.text import Text
 from homelab_scaling.watch import words
 from homelab_scaling.watch.ahead import duration
 from homelab_scaling.watch.bars import Part, Series, bar, binned, chart, cut, fit, padded, part, spark
-from homelab_scaling.watch.frame import ACTIVE, BatchNow, Cost, Frame, Point, RunNow, RunState, Span
+from homelab_scaling.watch.batchbox import batch_line, batch_part
+from homelab_scaling.watch.frame import ACTIVE, Cost, Frame, Point, RunNow, RunState, Span
 
 STATE_STYLE: dict[RunState, str] = {
     "queued": "dim",
@@ -73,7 +74,7 @@ def run_lines(frame: Frame, width: int, *, with_spark: bool = True, most: int = 
         )
     if run.law.verdict in ("above the law", "below the law"):
         lines.append(Line(6, cut(Text(run.law.sentence, LAW_STYLE[run.law.verdict]), width)))
-    batch = _batch(run, width)
+    batch = batch_line(run, width)
     if batch is not None and len([line for line in lines if line.rank <= BATCH_RANK]) < most:
         at = next(i for i, line in enumerate(lines) if line.rank == SPEED_RANK)
         lines[at : at + 1] = [Line(SPEED_RANK, _speed(run, width, with_batch=False)), Line(BATCH_RANK, batch)]
@@ -244,63 +245,11 @@ def _speed(run: RunNow, width: int, *, with_batch: bool = True) -> Text:
                 f"step {words.step(speed.step_p50_s)}, p99 {words.step(speed.step_p99_s)}",
                 f"step {words.step(speed.step_p50_s)}",
             ),
-            None if batch is None else _batch_now(batch, 2),
+            None if batch is None else batch_part(batch, 2),
             None if noise is None else part(3, f"noise scale {words.tokens(noise)}", f"noise {words.tokens(noise)}"),
             None if run.lr is None else part(0, f"lr {run.lr:.2g}"),
         ],
         width,
-    )
-
-
-def _batch(run: RunNow, width: int) -> Text | None:
-    """Batch, noise scale and critical batch; None where nothing is known but the batch."""
-    batch = run.batch
-    if batch is None or (batch.noise is None and batch.critical is None and batch.n_steps == 1):
-        return None
-    return fit([_batch_now(batch, 2), _noise(batch), _critical(batch)], width)
-
-
-def _batch_now(batch: BatchNow, keep: int) -> Part:
-    step = f"{batch.step} of {batch.n_steps}"
-    warm, short = (f" (size {step})", f" ({step})") if batch.n_steps > 1 else ("", "")
-    return part(keep, f"batch {words.count(batch.tokens)} tokens{warm}", f"batch {words.tokens(batch.tokens)}{short}")
-
-
-def _noise(batch: BatchNow) -> Part:
-    noise = batch.noise
-    if noise is None:
-        return part(1, "noise scale not measured yet")
-    if noise.tokens is None:
-        least = words.tokens(noise.at_least_tokens or 0.0)
-        return part(4, f"noise scale at least {least}", f"noise ≥ {least}")
-    said = words.tokens(noise.tokens)
-    ends = ""
-    if noise.low_tokens is not None and noise.high_tokens is not None:
-        ends = f" [{words.tokens(noise.low_tokens)}, {words.tokens(noise.high_tokens)}]"
-    return part(
-        4,
-        ["noise scale ", (said, "bold"), ends],
-        ["noise ", (said, "bold")],
-    )
-
-
-def _critical(batch: BatchNow) -> Part | None:
-    """B_crit and what the present batch costs by it."""
-    critical = batch.critical
-    if critical is None:
-        return None
-    about = "at least " * (critical.basis == "bound")
-    said = words.tokens(critical.tokens)
-    ends = "" if about else f" [{words.tokens(critical.low_tokens)}, {words.tokens(critical.high_tokens)}]"
-    doubt = "uncalibrated" if critical.calibration == "uncalibrated" else f"by {critical.calibration}"
-    ground = "" if critical.basis in ("measured", "bound") else f"{critical.basis}, "
-    cost = f"{'at most ' * bool(about)}{words.percent(batch.tokens / critical.tokens)} more tokens than a small batch"
-    return part(
-        3,
-        f"B_crit {about}{said}{ends} ({ground}{doubt}): {cost}",
-        f"B_crit {about}{said}{ends} ({ground}{doubt})",
-        f"B_crit {about}{said} ({doubt})",
-        f"B_crit {'≥ ' * bool(about)}{said}",
     )
 
 

@@ -9,6 +9,7 @@ from homelab_scaling.plan.counting import count_params
 from homelab_scaling.specs import Money, RunSpec
 from homelab_scaling.train.schedule import Phase, phases
 from homelab_scaling.watch.ahead import time_left
+from homelab_scaling.watch.batchview import batch_now
 from homelab_scaling.watch.costs import cost_of_record, cost_so_far
 from homelab_scaling.watch.energy import WallModel
 from homelab_scaling.watch.feed import Feed, Look, event_s
@@ -303,37 +304,9 @@ class RunEye:
         )
 
     def _batch(self, critical: CriticalBatch | None) -> BatchNow | None:
-        """The present batch: of a warm-up, the one that the last doubling left."""
-        if self.spec is None:
-            return None
-        science = self.spec.science
-        full = now = science.batch_tokens_global
-        n_steps = 1
-        if science.batch_warmup is not None:
-            now = first = science.batch_warmup.from_tokens
-            n_steps = (full // first).bit_length()
-            sizes = [event.get("batch_tokens") for event in self._doublings()]
-            now = next((size for size in reversed(sizes) if isinstance(size, int) and first <= size <= full), first)
-        step = n_steps + 1 - (full // now).bit_length()
-        return BatchNow(
-            tokens=now, full_tokens=full, step=step, n_steps=n_steps, noise=self.log.noise, critical=critical
-        )
-
-    def _doublings(self) -> list[dict[str, Any]]:
-        """Of a batch warm-up, those on the path to the present weights: not those of a decay that was left behind."""
-        doublings = [e for e in (self.seen.events if self.seen else ()) if e.get("kind") == "batch"]
+        events = self.seen.events if self.seen else ()
         phase = self._phase()
-        if phase is None:
-            return doublings
-        kept = []
-        for event in doublings:
-            update, step = event.get("update"), event.get("step")
-            if not isinstance(update, int) or not isinstance(step, int):
-                continue
-            own = next((p for p in self._plan if p.first_update < update <= p.end_update), None)
-            if own is phase or (own is not None and own.kind == "trunk" and step <= phase.start_step):
-                kept.append(event)
-        return kept
+        return batch_now(self.spec, events, self._plan, phase, self.log.noise, critical) if self.spec else None
 
     def _reason(self) -> str | None:
         if self.state == "paused":
