@@ -41,12 +41,15 @@ class TunedRates:
     log_factor: float
     slope: float
     """log factor = log_factor + slope log n_body; 0 with one rung."""
+    tried: tuple[float, ...] = ()
+    """Factors that some rung was trained with; the law is not followed beyond them."""
     kept: dict[str, float] = field(default_factory=dict)
     """Rates of rungs whose training had begun before."""
 
     def factor(self, n_body: int) -> float:
-        """On the rule's rate, of a rung that was not tuned itself."""
-        return math.exp(self.log_factor + self.slope * math.log(n_body))
+        """On the rule's rate, of a rung that was not tuned itself; within the factors tried."""
+        by_law = math.exp(self.log_factor + self.slope * math.log(n_body))
+        return min(max(by_law, min(self.tried)), max(self.tried)) if self.tried else by_law
 
     def rung(self, name: str) -> TunedRung | None:
         return next((r for r in self.rungs if r.name == name), None)
@@ -74,6 +77,8 @@ class TunedRates:
         if len(self.rungs) > 1:
             through = "exactly through two" if len(self.rungs) == 2 else f"fitted to {len(self.rungs)}"
             law = f"larger rungs take a factor that goes as N_body^{self.slope:+.2f}, {through}"
+            if self.tried:
+                law += f", from {min(self.tried):g} to {max(self.tried):g} at most"
         return f"best rates over the rule's: {', '.join(found)}; {law}"
 
 

@@ -93,7 +93,10 @@ def _start(experiment: Experiment, plan: Plan) -> Bracket:
 def _refitted(bracket: Bracket, rungs: Sequence[BracketRung]) -> Bracket:
     rungs = tuple(sorted(rungs, key=lambda r: r.n_params))
     log_factor, slope = fit_rates(rungs)
-    rates = replace(bracket.rates, rungs=tuple(tuned_rung(r) for r in rungs), log_factor=log_factor, slope=slope)
+    tried = tuple(sorted({t.factor for rung in rungs for t in rung.trials if t.final is not None}))
+    rates = replace(
+        bracket.rates, rungs=tuple(tuned_rung(r) for r in rungs), log_factor=log_factor, slope=slope, tried=tried
+    )
     return replace(bracket, rungs=rungs, rates=rates, effect=tuning_effect(rungs))
 
 

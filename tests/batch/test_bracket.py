@@ -122,6 +122,13 @@ def test_a_power_law_in_the_best_rates_comes_back_through_two_and_three_rungs() 
     assert one.slope == 0 and one.factor(10**9) == pytest.approx(1.2) and "same factor" in one.words
 
 
+def test_the_law_is_not_followed_beyond_the_factors_tried() -> None:
+    free = rates(make_rung("a", 10_000, 1.9), make_rung("b", 40_000, 0.8))
+    assert free.factor(10**7) < 0.1
+    held = replace(free, tried=(0.5, 1.0, 2.0))
+    assert held.factor(10**7) == 0.5 and held.factor(40_000) == pytest.approx(0.8) and "0.5 to 2 at most" in held.words
+
+
 def test_the_rung_whose_best_rate_is_vague_counts_less() -> None:
     sharp = [make_rung("a", 10_000, 1.0), make_rung("b", 20_000, 1.0)]
     vague = make_rung("c", 40_000, 1.0)
