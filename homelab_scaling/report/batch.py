@@ -181,7 +181,7 @@ def _flat(r: RungBatch) -> tuple[str, ...] | None:
     share = r.overhead_frac / (1 + r.overhead_frac)
     row = r.row
     parts = (row.seconds, row.kwh, row.usd) if row else (None, None, None)
-    forms = (duration, lambda kwh: f"{kwh:.2g}", money)
+    forms: tuple[Callable[[float], str], ...] = (duration, "{:.2g}".format, money)
     cells = ("–" if part is None else form(share * part) for part, form in zip(parts, forms, strict=True))
     return (r.rung, f"{r.batch_tokens:,}", short(share * r.n_tokens), _percent(share), *cells)
 

@@ -11,6 +11,7 @@ from homelab_scaling.watch.frame import BatchNow, CriticalBatch, NoiseNow
 def batch_now(
     spec: RunSpec,
     events: Sequence[dict[str, Any]],
+    *,
     plan: Sequence[Phase],
     phase: Phase | None,
     noise: NoiseNow | None,

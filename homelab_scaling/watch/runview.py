@@ -304,9 +304,16 @@ class RunEye:
         )
 
     def _batch(self, critical: CriticalBatch | None) -> BatchNow | None:
-        events = self.seen.events if self.seen else ()
-        phase = self._phase()
-        return batch_now(self.spec, events, self._plan, phase, self.log.noise, critical) if self.spec else None
+        if self.spec is None or self.seen is None:
+            return None
+        return batch_now(
+            self.spec,
+            self.seen.events,
+            plan=self._plan,
+            phase=self._phase(),
+            noise=self.log.noise,
+            critical=critical,
+        )
 
     def _reason(self) -> str | None:
         if self.state == "paused":
