@@ -1,5 +1,6 @@
 """What this machine is, as far as planning needs it, without importing torch."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -81,6 +82,15 @@ def _program(command: str | None) -> str | None:
     """Path of the program in a setting such as CC="ccache gcc"."""
     words = shlex.split(command or "")
     return shutil.which(words[0]) if words else None
+
+
+def cpu_name() -> str:
+    """`cpu (Intel(R) ...)`, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"cpu ({line.partition(':')[2].strip()})"
+    return "cpu"
 
 
 def _cpu_computes_bf16() -> bool:

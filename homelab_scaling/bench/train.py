@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 from homelab_scaling.bench.train_job import N_VOCAB, Job, JobMaker
+from homelab_scaling.bench.train_overheads import Overheads, measure
 from homelab_scaling.bench.train_race import TITLES, Turns, race
-from homelab_scaling.box import missing_for_compile
+from homelab_scaling.box import cpu_name, detect_box, missing_for_compile
 from homelab_scaling.errors import MachineError, UserError
 from homelab_scaling.plan.counting import count_params, flops_per_token
 from homelab_scaling.plan.peaks import peak_bf16_flops, why_no_peak
 from homelab_scaling.specs import ModelShape, Precision
+from homelab_scaling.train.autotune import Tuner
 
+OVERHEADS_SHAPE, OVERHEADS_CONTEXT = "6x320x5", 1024
+"""The 24M rung of gpt2_5m_120m."""
 HEAD_WIDTHS = (64, 32, 128)
 """Preferred widths of a head, for shapes given as LxD."""
 
@@ -52,6 +56,10 @@ class TrainOptions:
     """CPU threads of each contestant; every core where left out."""
     turn_s: float = 3.0
     """About how long the slowest contestant's turn lasts."""
+    autotune: bool = False
+    """Ours takes the settings that `homelab run --autotune` would; the others keep theirs."""
+    overheads: bool = False
+    """Race nobody: measure what a run spends beside its steps (the 24M rung at context 1,024, unless --shapes says)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,21 +240,12 @@ def _rungs(name: str, context: int | None) -> list[tuple[str, ModelShape]]:
 
 def device_of(options: TrainOptions) -> tuple[Literal["cpu", "cuda"], str]:
     """What torch calls it, and its name."""
-    from homelab_scaling.box import detect_box
-
     box = detect_box()
     if options.device == "cuda" and not box.on_gpu:
         raise MachineError("--device cuda: this machine shows no NVIDIA card; see `homelab doctor`")
     if options.device == "cpu" or not box.on_gpu:
-        return "cpu", _cpu_name()
+        return "cpu", cpu_name()
     return "cuda", box.device
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return f"cpu ({line.partition(':')[2].strip()})"
-    return "cpu"
 
 
 def _contestants(options: TrainOptions) -> tuple[list[str], list[str]]:
@@ -269,8 +268,8 @@ def _contestants(options: TrainOptions) -> tuple[list[str], list[str]]:
 # ------------------------------------------------------------------------------------------------------------ the race
 
 
-def run(*, n_rounds: int, say: Callable[[str], None], options: TrainOptions | None = None) -> TrainBench:
-    """Races everybody at every shape.
+def run(*, n_rounds: int, say: Callable[[str], None], options: TrainOptions | None = None) -> TrainBench | Overheads:
+    """Races everybody at every shape, or measures the overheads of a run.
 
     Args:
         n_rounds: each runs every contestant once, every other one in reverse order.
@@ -282,8 +281,10 @@ def run(*, n_rounds: int, say: Callable[[str], None], options: TrainOptions | No
         MachineError: a contestant's process died.
     """
     options = options or TrainOptions()
-    names, missing = _contestants(options)
     device, device_name = device_of(options)
+    if options.overheads:
+        return _overheads(options, device, device_name, say)
+    names, missing = _contestants(options)
     peak = peak_bf16_flops(device_name) if options.precision == "bf16" else None
     lacks = missing_for_compile()
     if lacks and "nanogpt" in names:
@@ -298,10 +299,11 @@ def run(*, n_rounds: int, say: Callable[[str], None], options: TrainOptions | No
         tokens_per_step=options.tokens_per_step or (2048 if device == "cpu" else 65_536),
         microbatch_seqs=options.microbatch,
     )
+    tune = Tuner(detect_box(), say, fixed_microbatch=options.microbatch is not None) if options.autotune else None
     shapes = []
     for label, shape in shapes_of(options):
         with tempfile.TemporaryDirectory(prefix="homelab-bench-") as folder:
-            jobs = maker.write(Path(folder), names, shape)
+            jobs = maker.write(Path(folder), names, shape, tune)
             turns = race(label, jobs, n_rounds=n_rounds, turn_s=options.turn_s, say=say)
         shapes.append(_judge(label, turns, next(iter(jobs.values()))[0], peak))
     return TrainBench(
@@ -314,6 +316,23 @@ def run(*, n_rounds: int, say: Callable[[str], None], options: TrainOptions | No
         shapes=tuple(shapes),
         missing=tuple(missing),
         versions=versions(),
+    )
+
+
+def _overheads(
+    options: TrainOptions, device: Literal["cpu", "cuda"], device_name: str, say: Callable[[str], None]
+) -> Overheads:
+    asked = options.shapes != TrainOptions().shapes or options.ladder is not None
+    context = options.context or OVERHEADS_CONTEXT
+    shape = shapes_of(options)[0][1] if asked else parse_shape(OVERHEADS_SHAPE, context)
+    say(f"a short run of L{shape.n_layer} d{shape.d_model}, context {shape.context_tokens}")
+    return measure(
+        shape,
+        precision=options.precision,
+        device=device,
+        device_name=device_name,
+        batch_tokens=options.tokens_per_step or (4 * shape.context_tokens if device == "cpu" else 65_536),
+        microbatch_seqs=options.microbatch,
     )
 
 

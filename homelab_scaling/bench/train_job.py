@@ -1,12 +1,13 @@
 """What one contestant of `homelab bench train` is told: shape, batch, precision, device, and where the tokens are."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from homelab_scaling import codec
 from homelab_scaling.errors import UserError
-from homelab_scaling.specs import ExecutionSpec, ModelShape, Precision
+from homelab_scaling.specs import ExecutionSpec, ModelShape, Precision, RunSpec
 from homelab_scaling.train.rehearsal import make_spec, write_random_shards
 
 N_VOCAB = 50_257
@@ -48,8 +49,13 @@ class JobMaker:
     microbatch_seqs: int | None
     n_vocab: int = N_VOCAB
 
-    def write(self, folder: Path, names: list[str], shape: ModelShape) -> dict[str, tuple[Job, Path]]:
+    def write(
+        self, folder: Path, names: list[str], shape: ModelShape, change: Callable[[RunSpec], RunSpec] | None = None
+    ) -> dict[str, tuple[Job, Path]]:
         """Token files, spec and a job file for each contestant, in `folder`.
+
+        Args:
+            change: of our own execution settings; batch and precision stay as everybody's.
 
         Raises:
             UserError: the batch does not split into sequences, or into micro-batches.
@@ -62,11 +68,16 @@ class JobMaker:
             raise UserError(f"--microbatch {micro} does not divide the {batch_seqs} sequences of a step")
         shards = folder / "shards"
         manifest = write_random_shards(shards, self.n_vocab, N_WINDOWS * shape.context_tokens + 1)
-        execution = ExecutionSpec(device=self.device, microbatch_seqs_per_rank=micro, trackers=())
+        execution = ExecutionSpec(
+            device=self.device,
+            microbatch_seqs_per_rank=micro,
+            compile="auto" if self.compiles else "off",
+            trackers=(),
+        )
         spec = make_spec(
             shape, manifest, shards=shards, batch_seqs=batch_seqs, precision=self.precision, execution=execution
         )
-        codec.write_json(folder / "spec.json", spec)
+        codec.write_json(folder / "spec.json", change(spec) if change else spec)
         jobs = {}
         for name in names:
             job = Job(

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from homelab_scaling import codec
+from homelab_scaling.errors import HomelabError
 from homelab_scaling.plan.memory import CARD_SHARE
 from homelab_scaling.specs import CorpusManifest, RunSpec
 from homelab_scaling.train import oom
-from homelab_scaling.train.autotune import Setting, Trial
+from homelab_scaling.train.findings import Setting, Trial
 from homelab_scaling.train.rehearsal import LR, make_spec, rehearse, write_random_shards
 from homelab_scaling.train.step import Stepper
 
@@ -65,11 +66,10 @@ def try_setting(spec: RunSpec, setting: Setting, folder: Path) -> Trial:
     began = time.perf_counter()
     try:
         trial = _time(trial_spec(spec, setting, folder / "shards"), setting, folder, began)
-    except RuntimeError as error:
-        said = oom.complaint(error)
-        if said is None:
-            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        trial = out(setting, said)
+    except (RuntimeError, HomelabError) as error:
+        first_line = (str(error).splitlines() or ["no message"])[0]
+        said = oom.complaint(error) if isinstance(error, RuntimeError) else first_line
+        trial = out(setting, said or f"{type(error).__name__}: {first_line}")
     return trial
 
 
@@ -93,10 +93,10 @@ def _time(spec: RunSpec, setting: Setting, folder: Path, began: float) -> Trial:
     _median_s(lambda: stepper.do_update(LR), device, at_most=1)
     first_s = time.perf_counter() - began
     stepper.do_update(LR)
+    if stepper.execution.microbatch_seqs_per_rank != setting.microbatch_seqs:  # as a run would, it has made room
+        return out(setting, "memory ran out")
     step_s = _median_s(lambda: stepper.do_update(LR), device)
     update_s = _median_s(lambda: _update_alone(stepper), device)
-    if stepper.execution.microbatch_seqs_per_rank != setting.microbatch_seqs:
-        return out(setting, "memory ran out")
     peak = None
     if device.type == "cuda":
         peak = torch.cuda.max_memory_reserved(device)

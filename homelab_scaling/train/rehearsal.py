@@ -109,7 +109,7 @@ def rehearse(spec: RunSpec, folder: Path) -> "Stepper":
     from homelab_scaling.train.step import Stepper
 
     run = RunFolder(folder / f"{spec.run_id}-{os.getpid()}")
-    run.path.mkdir(parents=True, exist_ok=True)
+    codec.write_json(run.spec, spec)
     accelerator = start_accelerator(spec, run.path)
     choices = choose(spec, accelerator.device.type == "cuda")
     return Stepper(spec, run, accelerator, choices, Journal(run, [], is_main=True))
