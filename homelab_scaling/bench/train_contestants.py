@@ -92,7 +92,7 @@ class Ours(Contestant):
             with stepper.accelerator.autocast():
                 hidden_BTD = stepper.model.hidden_states(x_BT)
             self._gradient = _gradient_like(self._gradient, hidden_BTD)
-            hidden_BTD.backward(self._gradient)
+            hidden_BTD.backward(self._gradient)  # type: ignore[no-untyped-call]
         norm = stepper.optimizer.clip()
         stepper.optimizer.step(LR, torch.isfinite(norm))
         stepper.optimizer.zero_grad()
@@ -145,7 +145,7 @@ class Plain(Contestant):
             with self.autocast():
                 hidden_BTD = self.hidden(x_BT)
             self._gradient = _gradient_like(self._gradient, hidden_BTD)
-            hidden_BTD.backward(self._gradient)
+            hidden_BTD.backward(self._gradient)  # type: ignore[no-untyped-call]
         self._update()
 
     def _update(self) -> None:
@@ -193,8 +193,9 @@ class NanoGPT(Plain):
             dropout=0.0,
             bias=True,
         )
-        self.model = peer.GPT(config).to(self.device)
-        self.optimizer = self.model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, self.device.type)
+        model: Any = peer.GPT(config).to(self.device)
+        self.model = model
+        self.optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, self.device.type)
         self._compiled: Any = torch.compile(self.model) if job.compiles else self.model
         self._backbone: Any = torch.compile(self._hidden) if job.compiles else self._hidden
 
@@ -252,7 +253,7 @@ class HuggingFaceTrainer(Contestant):
     def race(self, steps: Iterator[None]) -> None:
         from transformers import PrinterCallback, TrainerCallback
 
-        class Referee(TrainerCallback):
+        class Referee(TrainerCallback):  # type: ignore[misc]
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 next(steps, None)
 

@@ -99,7 +99,8 @@ class LanguageModel(nn.Module):
     def hidden_states(self, x_BT: Tensor) -> Tensor:
         """What the blocks make of the tokens, (B, T, D), compiled or not: all but head and loss."""
         if self._replays:
-            torch.compiler.cudagraph_mark_step_begin()  # what an earlier pass returned is not needed any more
+            # What an earlier pass returned is not needed any more.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return (self._compiled_backbone or self._hidden_states)(x_BT)
 
     def _hidden_states(self, x_BT: Tensor) -> Tensor:

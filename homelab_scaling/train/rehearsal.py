@@ -50,7 +50,8 @@ def write_random_shards(folder: Path, n_vocab: int, n_tokens: int, *, seed: int 
         dtype="uint16" if dtype == np.uint16 else "uint32",
         sources=("random ids",),
         held_out_rule="drawn apart",
-        **splits,
+        train=splits["train"],
+        val=splits["val"],
     )
     codec.write_json(folder / "manifest.json", manifest)
     return manifest
