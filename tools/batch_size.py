@@ -90,10 +90,11 @@ def _dry_run(args: Args, batches: "Batches") -> int:
     from homelab_scaling.batch.page import dry_page
     from homelab_scaling.batch.priors import priors_for
     from homelab_scaling.plan.rules import step_law_batch
+    from homelab_scaling.sweep.calibrating import sweep_plan
 
     probes = _probes(args, batches)
     # Nothing is measured yet: a sweep would be laid about the batch that Step Law has for the rung.
-    sweep = batches.sweep_plan(step_law_batch(batches.smallest.horizon_tokens)) if args.verify else None
+    sweep = sweep_plan(batches, step_law_batch(batches.smallest.horizon_tokens)) if args.verify else None
     priors = {
         s.rung.name: priors_for(
             n_params=s.rung.size.n_params,
@@ -121,6 +122,7 @@ def _measure(args: Args, batches: "Batches") -> int:
     from homelab_scaling.batch.measure import bill_of
     from homelab_scaling.batch.page import advice_page
     from homelab_scaling.plan.show import duration, flops
+    from homelab_scaling.sweep.calibrating import calibrate_by_branch, calibrate_by_sweep
 
     for line in batches.kept_words():
         _say(line)
@@ -131,10 +133,10 @@ def _measure(args: Args, batches: "Batches") -> int:
         _say(f"to measure: {names}; {flops(bill.flops)} FLOPs, about {duration(bill.seconds)}")
     batches.measure(probes, _say)
     if args.verify:
-        calibration, sweep = batches.calibrate_by_sweep(_say)
+        calibration, sweep = calibrate_by_sweep(batches, _say)
         advice = batches.advise(calibration=calibration, sweep=sweep)
     else:
-        calibration, branch = batches.calibrate_by_branch(_say) or (None, None)
+        calibration, branch = calibrate_by_branch(batches, _say) or (None, None)
         advice = batches.advise(calibration=calibration, branch=branch)
     if args.json:
         print(codec.dumps(codec.to_plain(advice)))

@@ -2,8 +2,8 @@
 
     measured B_simple x c -> B_crit -> trade-off table -> the row taken -> learning rate, beta2
 
-c is what a sweep of batch sizes on the smallest rung finds B_crit / B_simple to be, and 1 until there is one. A rung
-without a measurement gets a forecast from those with one, at least the lower bound that its own probe found, and
+c is what branches or a sweep on the smallest rung find B_crit / B_simple to be, and 1 until then (calibration.py). A
+rung without a measurement gets a forecast from those with one, at least the lower bound that its own probe found, and
 where nothing is measured at all the ladder's own batch. Advice is frozen: a rung whose training has begun keeps it.
 """
 
@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from homelab_scaling import codec
 from homelab_scaling.batch.branch_fit import BranchResult
-from homelab_scaling.batch.critical import BatchLaw, Estimate, TradeOff, fit_batch_law
+from homelab_scaling.batch.calibration import Calibration, scaled, sd_log
+from homelab_scaling.batch.critical import BatchLaw, Estimate, fit_batch_law
 from homelab_scaling.batch.estimator import NoiseScale
-from homelab_scaling.batch.forecast import SAME_TOKENS_FACTOR, Z95, Forecast, Known, forecast
+from homelab_scaling.batch.forecast import SAME_TOKENS_FACTOR, Forecast, Known, forecast
 from homelab_scaling.batch.midrun import SLOPE
 from homelab_scaling.batch.priors import OVERHEAD_FRAC, Band, Prior, band, priors_for
 from homelab_scaling.batch.table import SHORTEST_STEPS, Row, Setting, choose_row, row_at, trade_off_table
@@ -27,24 +27,6 @@ from homelab_scaling.plan import rules
 from homelab_scaling.plan.parts import AdvisedBatch, BatchBasis
 from homelab_scaling.runs import run_folders
 from homelab_scaling.specs import ModelShape
-
-UNCALIBRATED = (
-    "uncalibrated: B_crit is taken to be B_simple itself, which was found orders of magnitude too low (Merrill 2025) "
-    "and seven times too high (a noisy quadratic); --verify measures the factor on the smallest rung"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """c = B_crit / B_simple."""
-
-    c: float = 1.0
-    method: Literal["uncalibrated", "sweep", "branch"] = "uncalibrated"
-    sd_log: float | None = None
-    """Of log c; None where it was not measured."""
-    rung: str | None = None
-    """On which it was measured."""
-    sentence: str = UNCALIBRATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,67 +122,6 @@ class BatchAdvice:
 # --------------------------------------------------------------------------------------------------------- the parts
 
 
-def calibrate(sweep: TradeOff, b_simple: Estimate, rung: str) -> Calibration:
-    """c from a sweep's B_crit and the noise scale at the middle of the same stretch of training, both in tokens."""
-    c = sweep.b_crit.value / b_simple.value
-    sd = math.hypot(_sd_log(sweep.b_crit), _sd_log(b_simple))
-    doubt = ""
-    if sweep.bend.doubted:
-        doubt = f"; the sweep bends more sharply than the hyperbola (exponent {sweep.bend.exponent:.2f})"
-    return Calibration(
-        c=c,
-        method="sweep",
-        sd_log=sd,
-        rung=rung,
-        sentence=(
-            f"calibrated on {rung}: B_crit {sweep.b_crit.value:,.0f} tokens by {sweep.n_batches} batch sizes, B_simple "
-            f"{b_simple.value:,.0f} at the middle of the same stretch: c = {c:.2f} "
-            f"[{c * math.exp(-Z95 * sd):.2f}, {c * math.exp(Z95 * sd):.2f}]{doubt}"
-        ),
-    )
-
-
-def calibration_from_branch(result: BranchResult, b_simple: Estimate | None, rung: str) -> Calibration:
-    """c from a branch test and the noise scale at the middle of its branches (`result.middle_tokens`), in tokens.
-
-    A bound is taken as if it were the value, which is the careful side where B_crit is at least that; without either,
-    or without a noise scale, the answer is uncalibrated and says why.
-    """
-    bound = result.at_least_tokens or result.at_most_tokens
-    b_crit = result.b_crit.value if result.b_crit is not None else bound
-    if b_crit is None or b_simple is None:
-        why = result.why_no_number if b_crit is None else "the noise scale there is not known"
-        return Calibration(sentence=f"the branch test on {rung} does not calibrate: {why}; {UNCALIBRATED}")
-    c = b_crit / b_simple.value
-    if result.b_crit is None:
-        side, sd = "at least" if result.at_least_tokens is not None else "at most", None
-        interval = f"c = {c:.2f}, as if it were that"
-    else:
-        side, sd = "", math.hypot(_sd_log(result.b_crit), _sd_log(b_simple))
-        interval = f"c = {c:.2f} [{c * math.exp(-Z95 * sd):.2f}, {c * math.exp(Z95 * sd):.2f}]"
-    return Calibration(
-        c=c,
-        method="branch",
-        sd_log=sd,
-        rung=rung,
-        sentence=(
-            f"calibrated on {rung}: B_crit {side}{' ' * bool(side)}{b_crit:,.0f} tokens by {len(result.branches)} "
-            f"branches of one checkpoint, B_simple {b_simple.value:,.0f} at the middle of the same stretch: {interval}"
-        ),
-    )
-
-
-def _sd_log(x: Estimate) -> float:
-    return math.log(x.high / x.low) / (2 * Z95)
-
-
-def _scaled(x: Estimate, calibration: Calibration) -> Estimate:
-    """c x, with both errors."""
-    half = Z95 * math.hypot(_sd_log(x), calibration.sd_log or 0.0)
-    value = calibration.c * x.value
-    return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half))
-
-
 def lr_scale(batch_tokens: float, base_tokens: float, b_crit_tokens: float) -> float:
     """sqrt(B / B_0) up to B_crit, flat beyond.
 
@@ -265,7 +186,7 @@ def advise(
             n_params=s.rung.size.n_params,
             n_tokens=s.horizon_tokens,
             b_crit_tokens=calibration.c * b.value,
-            sd_log=_sd_log(b),
+            sd_log=sd_log(b),
         )
         for s in settings
         if (m := measured.get(s.rung.name)) is not None and (b := m.b_simple) is not None
@@ -317,7 +238,7 @@ def advise(
 
 def _forecast(setting: Setting, known: Sequence[Known], calibration: Calibration) -> Forecast:
     found = forecast(known, n_params=setting.rung.size.n_params, n_tokens=setting.horizon_tokens)
-    return replace(found, b_crit=_scaled(found.b_crit, replace(calibration, c=1.0)))  # c is in `known` already
+    return replace(found, b_crit=scaled(found.b_crit, replace(calibration, c=1.0)))  # c is in `known` already
 
 
 def _b_crit(
@@ -325,7 +246,7 @@ def _b_crit(
 ) -> tuple[BatchBasis, Estimate] | None:
     """What there is of B_crit, best first; a lower bound where it lies above the forecast. None where nothing is."""
     if measured is not None and measured.b_simple is not None:
-        return "measured", _scaled(measured.b_simple, calibration)
+        return "measured", scaled(measured.b_simple, calibration)
     least = calibration.c * measured.at_least_tokens if measured and measured.at_least_tokens else 0.0
     if foretold is not None and foretold.b_crit.value >= least:
         return "forecast", foretold.b_crit

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from homelab_scaling.batch.advice import UNCALIBRATED
 from homelab_scaling.batch.branch_fit import BranchResult
+from homelab_scaling.batch.calibration import UNCALIBRATED
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.priors import KAPLAN_LOSS_EXPONENT, kaplan_critical_tokens
 from homelab_scaling.batch.table import Row as Trade

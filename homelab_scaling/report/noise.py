@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from homelab_scaling.batch.advice import BatchAdvice, Calibration, RungAdvice
+from homelab_scaling.batch.advice import BatchAdvice, RungAdvice
+from homelab_scaling.batch.calibration import Calibration
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.estimator import Z95
 from homelab_scaling.batch.midrun import SCATTER_LN, weighted_line

@@ -16,20 +16,14 @@ from homelab_scaling.batch.advice import (
     Measured,
     RungAdvice,
     advise,
-    base_batch,
     begun_rungs,
-    calibrate,
-    calibration_from_branch,
-    lr_scale,
     read_advice,
     write_advice,
 )
-from homelab_scaling.batch.branch import run_branch
 from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.branch_plan import BranchPlan, plan_branch
 from homelab_scaling.batch.measure import (
     assumed_corpus,
-    b_simple_at_middle,
     bill_of,
     longest_run,
     measured_from,
@@ -40,12 +34,12 @@ from homelab_scaling.batch.priors import OVERHEAD_FRAC
 from homelab_scaling.batch.probe import ProbePlan, finished_probe, plan_probe
 from homelab_scaling.batch.table import Setting, measured_batch_rates
 from homelab_scaling.batch.trials import SweepResult
-from homelab_scaling.batch.verify import SweepPlan, plan_sweep, run_sweep
-from homelab_scaling.errors import DataError, RunFailed, SpecError
+from homelab_scaling.errors import SpecError
 from homelab_scaling.plan import rules
 from homelab_scaling.plan.cost import CPU_START_S, GPU_START_S, measured_rates
 from homelab_scaling.plan.parts import Measuring, Plan
 from homelab_scaling.specs import CorpusManifest
+from homelab_scaling.sweep.calibrating import calibrate_by_branch
 from homelab_scaling.sweep.prepare import Experiment, make_plan
 
 TOGETHER_BELOW_S = 120.0
@@ -280,7 +274,8 @@ class Batches:
         for name in names:
             if name in found:
                 self.measured[name] = measured_from(found[name])
-                say(f"{name}: {found[name].middle.words}")
+                if self.is_known(name):
+                    say(f"{name}: {found[name].middle.words}")
             else:
                 why = refused.get(name) or f"its probe ended without a result: {failed[name]}"
                 self.measured[name] = Measured(b_simple=None, why_no_number=why, loss_nats=None)
@@ -360,7 +355,7 @@ class Batches:
         """Measures rungs and revises the advice of all that are not measured yet."""
         settled = frozenset(name for name in self.measured if self.is_known(name))
         self.measure_or_say(names, say)
-        found = self.calibrate_by_branch(say)
+        found = calibrate_by_branch(self, say)
         if found is None:
             advice = self.advise(keep=settled, or_prior=True)
         else:  # every B_crit follows from it
@@ -368,70 +363,6 @@ class Batches:
         for name in names:
             if (told := advice.rung(name)) is not None:
                 say(in_words(told))
-
-    # --------------------------------------------------------------------------------------------------- calibrating
-
-    def calibrate_by_branch(self, say: Say) -> tuple[Calibration, BranchResult] | None:
-        """c from branches of the smallest rung, where the ladder wants it and it is not known yet.
-
-        None where there is nothing to do, or where it failed, which is said.
-
-        Raises:
-            Stopped: it was asked to.
-        """
-        name = self.smallest.rung.name
-        plan = self.branch_plan() if self.is_known(name) else None
-        if plan is None:
-            return None
-        self.branched = True  # once a session: what it does not tell now it does not tell in a minute
-        try:
-            result = run_branch(plan, self.lab.parent, say)
-        except (DataError, RunFailed) as error:
-            say(f"  ! the batches stay uncalibrated: {error}")
-            return None
-        say(result.words)
-        here = b_simple_at_middle(self.measured[name].points, round(2 * result.middle_tokens))
-        found = calibration_from_branch(result, here, name)
-        say(found.sentence)
-        return found, result
-
-    def sweep_plan(self, b_crit_tokens: float) -> SweepPlan:
-        """The sweep of batches on the smallest rung, laid about a belief."""
-        setting = self.smallest
-        written = next(r for r in self.ladder.rungs if r.name == setting.rung.name)
-        n_body = setting.rung.size.params.n_body
-        rule = rules.choose_lr(written, self.ladder.lr, n_body, setting.horizon_tokens).value
-        return plan_sweep(
-            setting,
-            longest_run(self.plan, setting.rung.name),
-            self.lab,
-            self.experiment.shards,
-            b_crit_tokens=b_crit_tokens,
-            lr_middle=lambda batch: rule * lr_scale(batch, base_batch(setting), max(batch, base_batch(setting))),
-        )
-
-    def calibrate_by_sweep(self, say: Say) -> tuple[Calibration, SweepResult]:
-        """c from a sweep of batches on the smallest rung, whose noise scale is measured.
-
-        Raises:
-            SpecError: it has no number.
-            DataError, RunFailed, Stopped: as `run_sweep`.
-        """
-        name = self.smallest.rung.name
-        known = self.measured[name]
-        if known.b_simple is None:
-            raise SpecError(
-                f"rung {name}: its noise scale is not known ({known.why_no_number}), so a sweep has nothing to "
-                "calibrate; measure longer with a larger --burn-in"
-            )
-        # Where training is short the noise scale is smaller than at the middle of the whole run.
-        target = self.smallest.rung.training.horizons[0].tokens // 2
-        about = b_simple_at_middle(known.points, target) or known.b_simple
-        plan = self.sweep_plan(about.value)
-        say(plan.words)
-        sweep = run_sweep(plan, self.lab.parent, say)
-        here = b_simple_at_middle(known.points, sweep.target_tokens) or known.b_simple
-        return calibrate(sweep.trade_off, here, name), sweep
 
 
 def _is_about(told: RungAdvice, setting: Setting) -> bool:
@@ -453,5 +384,5 @@ def in_words(told: RungAdvice) -> str:
         return f"{head}: {told.why}"
     missing = ""
     if told.basis != "measured" and told.measured is not None:
-        missing = f", because {told.measured.why_no_number}"
-    return f"{head}, {grounds[told.basis]} (B_crit {told.b_crit.value:,.0f} tokens){missing}: {told.why}"
+        missing = f"; its own is not known: {told.measured.why_no_number}"
+    return f"{head}, {grounds[told.basis]} (B_crit {told.b_crit.value:,.0f} tokens): {told.why}{missing}"

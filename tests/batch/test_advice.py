@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from homelab_scaling import codec
 from homelab_scaling.batch import advice, table
+from homelab_scaling.batch.calibration import calibrate
 from homelab_scaling.batch.critical import Estimate, fit_trade_off
 from homelab_scaling.batch.forecast import Known, forecast
 from homelab_scaling.box import Box
@@ -316,7 +317,7 @@ def test_a_sweep_calibrates_every_rung() -> None:
     sweep = fit_trade_off(
         batches, [200 * (1 + 1650 / b) * w for b, w in zip(batches, (1, 1.02, 0.98, 1, 1), strict=True)]
     )
-    c = advice.calibrate(sweep, Estimate(value=3300, low=3000, high=3600), "a")
+    c = calibrate(sweep, Estimate(value=3300, low=3000, high=3600), "a")
     assert c.c == pytest.approx(0.5, rel=0.1) and c.method == "sweep" and c.sd_log is not None
     found = advised({"a": simple(8_000)}, calibration=c)
     assert found.rungs[0].b_crit.value == pytest.approx(8_000 * c.c)

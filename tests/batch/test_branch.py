@@ -17,10 +17,10 @@ from toy_run import write_shards
 
 from homelab_scaling import codec
 from homelab_scaling.batch import branch, branch_plan, branching
-from homelab_scaling.batch.advice import calibration_from_branch
 from homelab_scaling.batch.branch import finished_branch, run_branch, windows_path
 from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.branch_plan import BranchPlan, plan_branch
+from homelab_scaling.batch.calibration import calibration_from_branch
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.probe import plan_probe, prepare_probe, work_folder
 from homelab_scaling.batch.probing import run_probe

@@ -9,6 +9,7 @@ import numpy as np
 from homelab_scaling import codec
 from homelab_scaling.batch import advice, trials
 from homelab_scaling.batch.branch_fit import Branch, BranchResult
+from homelab_scaling.batch.calibration import calibrate, calibration_from_branch
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.table import Setting, measured_batch_rates
@@ -217,15 +218,15 @@ def make_advice(
     assert own is not None
     swept = sweep_result(first) if sweep else None
     tested = branch_result(first) if branch else None
-    calibration = advice.calibrate(swept.trade_off, own, first) if swept else None
+    c = calibrate(swept.trade_off, own, first) if swept else None
     if tested is not None:
-        calibration = advice.calibration_from_branch(tested, own, first)
+        c = calibration_from_branch(tested, own, first)
     found = advice.advise(
         settings,
         measured,
         ladder=lab.name,
         data_id=corpus().data_id,
-        calibration=calibration,
+        calibration=c,
         sweep=swept,
         branch=tested,
     )
