@@ -136,8 +136,8 @@ def _measure(args: Args, batches: "Batches") -> int:
         calibration, sweep = calibrate_by_sweep(batches, _say)
         advice = batches.advise(calibration=calibration, sweep=sweep)
     else:
-        calibration, branch = calibrate_by_branch(batches, _say) or (None, None)
-        advice = batches.advise(calibration=calibration, branch=branch)
+        found = calibrate_by_branch(batches, _say)
+        advice = batches.advise(calibration=found[0], branch=found[1]) if found else batches.advise()
     if args.json:
         print(codec.dumps(codec.to_plain(advice)))
         return 0

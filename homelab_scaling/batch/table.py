@@ -32,6 +32,7 @@ SHORTEST_STEPS = 500
 short run never makes good what it lost there: at 2,048 tokens instead of 1,024, its rate by the square root, the
 quickstart's 54k rung was 0.30 nats worse after 293 steps, 0.10 after 586, level after 1,172; the 238k rung 0.51, 0.50
 and 0.32."""
+TOO_FEW = f"would leave the shortest horizon fewer than {SHORTEST_STEPS} steps"
 MIN_INTERVALS = 3
 """Fewer log intervals than this tell no speed."""
 BEYOND_CRITICAL = 4.0
@@ -298,7 +299,7 @@ def choose_row(
     if most_tokens is not None and allowed[-1].batch_tokens > most_tokens:
         fewer = [row for row in allowed if row.batch_tokens <= max(most_tokens, allowed[0].batch_tokens)]
         found = _fastest(fewer, rows[: len(fewer) + 1], overhead_max_frac, tuned_tokens)
-        return replace(found, why=f"{found.why}; more than {most_tokens:,} would leave the rows too few steps")
+        return replace(found, why=f"{found.why}; more than {most_tokens:,} {TOO_FEW}")
     return _fastest(allowed, rows, overhead_max_frac, tuned_tokens)
 
 

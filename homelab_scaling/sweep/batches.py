@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from homelab_scaling.batch.advice import (
     BatchAdvice,
-    Calibration,
     Measured,
     RungAdvice,
     advise,
@@ -22,6 +21,7 @@ from homelab_scaling.batch.advice import (
 )
 from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.branch_plan import BranchPlan, plan_branch
+from homelab_scaling.batch.calibration import Calibration
 from homelab_scaling.batch.measure import (
     assumed_corpus,
     bill_of,
@@ -226,8 +226,8 @@ class Batches:
             # From the checkpoint that the probe will leave.
             share = 1 - branches.start_tokens / branches.tokens * (not branches.burn_in_paid)
             flops += branches.flops * share
-            known = seconds is not None and branches.seconds is not None
-            seconds = seconds + branches.seconds * share if known else None
+            known = None if seconds is None or branches.seconds is None else (seconds, branches.seconds)
+            seconds = known[0] + known[1] * share if known else None
         return Measuring(
             rungs=tuple(plan.rung for plan in plans),
             burn_in_frac=self.burn_in_frac,

@@ -353,6 +353,16 @@ def test_the_batch_of_a_tuned_rate_is_left_only_for_a_real_gain(seconds: tuple[f
     assert table.choose_row(rows, 0.04, tuned_tokens=1024).row.batch_tokens == 512, "above the overhead it is no choice"
 
 
+def test_the_shortest_horizon_bounds_the_batch() -> None:
+    one = {"a": simple(200_000)}
+    plain, short = (
+        advised(one, settings=make_settings(make_ladder(horizons=Horizons(tokens=tokens)))).rungs[0]
+        for tokens in ((40_000_000,), (2_000_000, 40_000_000))
+    )
+    assert short.batch_tokens <= 2_000_000 // table.SHORTEST_STEPS < plain.batch_tokens
+    assert "fewer than 500 steps" in short.why and "fewer than 500 steps" not in plain.why
+
+
 def test_the_base_of_the_rate_is_what_the_ladder_says_first() -> None:
     for lr, batch, base in (
         (LrTable(at_batch_tokens=512), BatchTable(tokens=4096), 512),
