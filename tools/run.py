@@ -3,9 +3,10 @@
 Where the ladder gives no batch, the gradient noise scale of each rung is measured before it is trained.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from homelab_scaling import cli, codec
-from homelab_scaling.errors import DataError, Stopped, StoppedByWatchdog
+from homelab_scaling.errors import DataError, SpecError, Stopped, StoppedByWatchdog
 
 if TYPE_CHECKING:
-    from homelab_scaling.plan.parts import Plan
     from homelab_scaling.specs import RunSpec
     from homelab_scaling.sweep.batches import Batches
+    from homelab_scaling.sweep.engine import Engine
     from homelab_scaling.sweep.limits import Limits
-    from homelab_scaling.sweep.local import Outcome, Run
+    from homelab_scaling.sweep.local import Outcome
     from homelab_scaling.sweep.prepare import Experiment
 
 
@@ -63,39 +64,54 @@ class Args:
 
 def main(args: Args) -> int:
     from homelab_scaling.plan.show import budget_line, measuring_notes
-    from homelab_scaling.sweep import local
     from homelab_scaling.sweep.batches import Batches, Wishes
     from homelab_scaling.sweep.limits import alarmed, make_limits
-    from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, open_experiment, write_specs
-    from homelab_scaling.sweep.where import use_gpus
+    from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, write_specs
 
-    use_gpus(args.gpus)
     limits = make_limits(max_hours=args.max_hours, until=args.until, max_usd=args.max_usd, now_s=time.time())
-    experiment = open_experiment(args.ladder, args.lab)
-    crowd = _Crowd(args, experiment) if args.engine == "ray" else None
-    if crowd is not None:
-        experiment = crowd.experiment
-    with experiment.lock():
-        plan = Batches(experiment, existing_corpus(experiment)).planned()
-        local.refuse_early(plan, experiment.ladder, limits, args.slots)
-        _say(budget_line(plan))
-        with alarmed(limits):
-            batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
-            plan = batches.planned()
-            for line in [*plan.warnings, *measuring_notes(plan)]:
-                _say(f"  ! {line}" if line in plan.warnings else f"  {line}")
-            if args.prepare:
-                runs = write_specs(plan, experiment, _change(args, experiment))
-                _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
-                return 0
-            if crowd is not None:
-                crowd.refuse_to_measure(plan)
-        outcome = _train(args, batches, limits, crowd)
-        report = _wrap_up(experiment)
+    with _engine(args, limits) as engine:
+        experiment = engine.experiment
+        with experiment.lock():
+            plan = Batches(experiment, existing_corpus(experiment)).planned()
+            engine.refuse_early(plan)
+            _say(budget_line(plan))
+            with alarmed(limits):
+                batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
+                plan = batches.planned()
+                for line in [*plan.warnings, *measuring_notes(plan)]:
+                    _say(f"  ! {line}" if line in plan.warnings else f"  {line}")
+                if args.prepare:
+                    runs = write_specs(plan, experiment, _change(args, experiment))
+                    _say(f"prepared: {len(runs)} runs in {experiment.lab / 'runs'}")
+                    return 0
+            outcome = _train(args, batches, limits, engine)
+            report = _wrap_up(experiment)
     return _end(args, experiment, outcome, report)
 
 
-def _train(args: Args, batches: "Batches", limits: "Limits", crowd: "_Crowd | None") -> "Outcome":
+@contextlib.contextmanager
+def _engine(args: Args, limits: "Limits") -> "Iterator[Engine]":
+    """This box, or the Ray cluster."""
+    from homelab_scaling.sweep.engine import ThisBox
+    from homelab_scaling.sweep.prepare import open_experiment
+    from homelab_scaling.sweep.where import use_gpus
+
+    if args.engine == "local":
+        use_gpus(args.gpus)
+        yield ThisBox(open_experiment(args.ladder, args.lab), limits, args.slots, _say)
+        return
+    from homelab_scaling.sweep.ray_cluster import connected
+    from homelab_scaling.sweep.ray_engine import RayEngine
+
+    for flag, given in (("--gpus", args.gpus is not None), ("--slots", args.slots != 1), ("--autotune", args.autotune)):
+        if given:
+            raise SpecError(f"{flag} is about this machine, and --engine ray trains on others; leave one of them out")
+    experiment = open_experiment(args.ladder, args.lab)
+    with connected(args.address) as ray:
+        yield RayEngine(ray, experiment, args.folders, limits, _say)
+
+
+def _train(args: Args, batches: "Batches", limits: "Limits", engine: "Engine") -> "Outcome":
     """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
     from homelab_scaling.sweep import local
     from homelab_scaling.sweep.bracket import ensure_rates
@@ -103,22 +119,15 @@ def _train(args: Args, batches: "Batches", limits: "Limits", crowd: "_Crowd | No
 
     experiment, corpus = batches.experiment, batches.corpus
     assert corpus is not None
-
-    def launch(runs: "list[local.Run]") -> "Outcome":
-        if crowd is not None:
-            return crowd.run_all(runs, limits)
-        table = experiment.ladder.train
-        return local.run_all(runs, experiment.box, _say, train=table, limits=limits, n_cpu_slots=args.slots)
-
     change = _change(args, experiment)
     outcome = local.Outcome(finished=(), failed={}, stopped=False)
     try:
         for rungs in batches.in_turn(_say):
-            tuning = ensure_rates(experiment, corpus, launch, _say, rungs=rungs, change=change)
+            tuning = ensure_rates(experiment, corpus, engine.run_all, _say, rungs=rungs, change=change)
             if tuning is not None:  # the rates of larger rungs would be the wrong ones
                 outcome = outcome.then(tuning)
                 break
-            ended = launch(write_specs(batches.planned(), experiment, change, rungs))
+            ended = engine.run_all(write_specs(batches.planned(), experiment, change, rungs))
             outcome = outcome.then(ended)
             if outcome.stopped:
                 break
@@ -127,31 +136,6 @@ def _train(args: Args, batches: "Batches", limits: "Limits", crowd: "_Crowd | No
     except StoppedByWatchdog as error:
         outcome = replace(outcome, stopped=True, watchdog=str(error))
     return outcome
-
-
-class _Crowd:
-    """The Ray cluster in place of this box."""
-
-    def __init__(self, args: Args, experiment: "Experiment") -> None:
-        from homelab_scaling.sweep import ray_cluster
-
-        self.ray = ray_cluster.connect(args.address)
-        self.cluster = ray_cluster.survey(self.ray, experiment.lab, args.folders, experiment.ladder.train)
-        self.own_box = experiment.box
-        self.experiment = replace(experiment, box=self.cluster.box)
-        _say(ray_cluster.words(self.cluster))
-
-    def refuse_to_measure(self, plan: "Plan") -> None:
-        from homelab_scaling.sweep.ray_cluster import refuse_to_measure_elsewhere
-
-        measures = plan.measuring is not None and bool(plan.measuring.rungs)
-        refuse_to_measure_elsewhere(self.cluster, self.own_box, measures)
-
-    def run_all(self, runs: "list[Run]", limits: "Limits") -> "Outcome":
-        from homelab_scaling.sweep import ray_cluster
-
-        lab, shards = self.experiment.lab, self.experiment.shards
-        return ray_cluster.run_all(self.ray, self.cluster, runs, lab=lab, shards=shards, limits=limits, say=_say)
 
 
 def _change(args: Args, experiment: "Experiment") -> Callable[["RunSpec"], "RunSpec"]:

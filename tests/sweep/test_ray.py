@@ -150,12 +150,10 @@ def test_a_node_that_dies_loses_nothing_and_nothing_runs_twice(crowd: Crowd, tmp
     crowd.kill_node()
     outcome, said = end(process)
     assert len(outcome["finished"]) == 3, said
-    segments = 0
     for folder in run_folders(lab / "tiny"):
         n = steps_of(folder)
         assert n == sorted(set(n)), "an update is there twice"
         assert [row.n_tokens for row in folder.read_record().rows] == [12800, 38400]  # type: ignore[union-attr]
-        segments += len([e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"])
     end(begin(ladder, tmp_path / "undisturbed"))
     assert losses(lab) == losses(tmp_path / "undisturbed")
 
