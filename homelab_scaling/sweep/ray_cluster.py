@@ -1,6 +1,7 @@
 """A Ray cluster that is there already: how to reach it, and what its machines are."""
 
 import contextlib
+import logging
 import socket
 import sys
 import time
@@ -58,7 +59,7 @@ def connected(address: str) -> Iterator[Any]:
             raise MachineError(f"--address {address}: no Ray cluster answers there ({error}); {remedy}") from None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         except Exception as error:  # ray raises what it likes here
             said = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise MachineError(f"--address {address}: no Ray cluster answers there ({said}); {remedy}") from None
