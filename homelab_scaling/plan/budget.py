@@ -18,9 +18,10 @@ from homelab_scaling.fit.points import Count
 from homelab_scaling.ladder import BatchTable, Horizons, Ladder, Rung, ScheduleTable, TrainTable, Validation
 from homelab_scaling.plan.cost import MeasuredRate, measured_rates, why_no_power
 from homelab_scaling.plan.counting import ParamCount, count_params
+from homelab_scaling.plan.given import Given
 from homelab_scaling.plan.parts import Plan, RungPlan
 from homelab_scaling.plan.rules import nearest_shape
-from homelab_scaling.plan.rung import Given, plan_rung
+from homelab_scaling.plan.rung import plan_rung
 from homelab_scaling.runs import run_folders
 from homelab_scaling.specs import MAX_WARMUP_FRAC, ModelShape, Money, Optim, Precision, RunSpec
 

@@ -17,8 +17,9 @@ from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan import cost
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ddp_times import DdpMeasurement
+from homelab_scaling.plan.given import Given
 from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Totals
-from homelab_scaling.plan.rung import Given, plan_rung
+from homelab_scaling.plan.rung import plan_rung
 from homelab_scaling.plan.tuned import TunedRates, cost_words
 from homelab_scaling.specs import CorpusManifest, ExecutionSpec, RunSpec, Schedule, ScienceSpec, make_run_id
 
