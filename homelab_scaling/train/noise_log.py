@@ -7,6 +7,7 @@ The norms stay on the device until a log boundary. Where nothing is measured the
 """
 
 import contextlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -136,8 +137,8 @@ class NoiseLog:
         self.lines = [line for line in codec.read_jsonl(self.path) if line["update"] < update]
         wait()
         if self.is_main and self.path.exists():
-            self.path.unlink()
-            codec.append_jsonl(self.path, self.lines)
+            # At once: a kill half-way through would leave windows that nothing can complete any more.
+            codec.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 def scale_of(lines: list[Line], science: ScienceSpec, *, tokens_trained: int, **more: Any) -> NoiseScale:

@@ -23,7 +23,7 @@ from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import ModelShape, Optim, Schedule, ScienceSpec, make_run_id
 from homelab_scaling.train.loop import Trainer
 from homelab_scaling.train.model import LanguageModel
-from homelab_scaling.train.noise_log import said_of
+from homelab_scaling.train.noise_log import NoiseLog, said_of
 from homelab_scaling.train.noise_windows import run_windows, warmup_windows
 from homelab_scaling.train.passes import Passes
 from homelab_scaling.train.schedule import Phase, phases
@@ -281,3 +281,21 @@ def test_two_launched_ranks_write_the_lines_of_one(make_run) -> None:
     for a, b in zip(*raw, strict=True):
         assert b["mean_sq_norm"] == pytest.approx(a["mean_sq_norm"], rel=2e-2), json.dumps([a, b])
         assert b["sq_norm_of_mean"] == pytest.approx(a["sq_norm_of_mean"], rel=2e-2)
+
+
+def test_a_kill_while_measurements_are_taken_up_loses_none(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, folder = make_run()
+    path = folder.path / "noise.jsonl"
+    codec.append_jsonl(path, [{"update": update} for update in (1, 2, 9)])
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    log = NoiseLog(spec.science, path, hook=None, windows=lambda phase, halvings: (), is_main=True)
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        dying.setattr(codec, "append_jsonl", killed)
+        dying.setattr(codec.os, "replace", killed)
+        log.take_up(5, lambda: None)
+    assert len(codec.read_jsonl(path)) == 3
+    log.take_up(5, lambda: None)
+    assert codec.read_jsonl(path) == log.lines == [{"update": 1}, {"update": 2}]
