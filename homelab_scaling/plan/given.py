@@ -7,9 +7,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ddp_times import DdpMeasurement
-from homelab_scaling.plan.parts import (
-    AdvisedBatch,
-)
+from homelab_scaling.plan.parts import AdvisedBatch
 from homelab_scaling.plan.tuned import TunedRates
 from homelab_scaling.specs import CorpusManifest
 

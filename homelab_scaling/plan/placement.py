@@ -5,11 +5,7 @@ from homelab_scaling.ladder import Rung
 from homelab_scaling.plan import memory
 from homelab_scaling.plan.given import Given
 from homelab_scaling.plan.memory import LossPath, VramEstimate
-from homelab_scaling.plan.parts import (
-    Placement,
-    Size,
-    Training,
-)
+from homelab_scaling.plan.parts import Placement, Size, Training
 from homelab_scaling.specs import OptimizerName
 
 
