@@ -52,10 +52,8 @@ def ensure_rates(
         change: execution settings of every trial.
 
     Returns:
-        None where the larger rungs may be trained; else how it ended before that: stopped, or with a trial that failed.
-
-    Raises:
-        DataError: every rate of a rung diverged.
+        None where the larger rungs may be trained; else how it ended before that: stopped, with a trial that failed, or
+        with a rung of which every rate diverged.
     """
     plan = make_plan(experiment, corpus, tuned=False)
     wanted = [r for r in rungs_to_tune(experiment.ladder, plan.rungs) if rungs is None or r.name in rungs]
@@ -68,7 +66,11 @@ def ensure_rates(
             ended = tuning.run(launch, say)
             if ended is not None:
                 return ended
-            bracket = _refitted(bracket, (*bracket.rungs, tuning.result()))
+            try:
+                found = tuning.result()
+            except DataError as error:  # an end like that of a run that diverged: the report is still written
+                return Outcome(finished=(), failed={rung.name: str(error)}, stopped=False)
+            bracket = _refitted(bracket, (*bracket.rungs, found))
             codec.write_json(bracket_file(experiment.lab), bracket)
             say(_said(bracket.rungs, rung.name))
         _move_winners(experiment, bracket)
@@ -81,11 +83,14 @@ def ensure_rates(
 def _start(experiment: Experiment, plan: Plan) -> Bracket:
     """lr.json as far as it holds for this ladder and text, else an empty one that keeps the rates of begun rungs."""
     found, rule, data_id = read_bracket(experiment.lab), experiment.ladder.lr, plan.data_id or ""
+    begun = {spec.rung: spec.science.schedule.lr_peak for _, spec, _ in readable_runs([experiment.lab])}
     if found is not None and found.rates.holds_for(rule, data_id) is None:
         here = {r.name: (r.size.shape, r.training.batch_tokens) for r in plan.rungs}
         kept = tuple(r for r in found.rungs if here.get(r.name) == (r.shape, r.batch_tokens))
+        # Larger rungs that began by the law so far: a law through one rung more is not for them.
+        followed = {name: lr for name, lr in begun.items() if name not in {r.name for r in found.rungs}}
+        found = replace(found, rates=replace(found.rates, kept=followed | found.rates.kept))
         return found if kept == found.rungs else _refitted(found, kept)
-    begun = {spec.rung: spec.science.schedule.lr_peak for _, spec, _ in readable_runs([experiment.lab])}
     rates = TunedRates(data_id=data_id, rule=rule, rungs=(), log_factor=0.0, slope=0.0, kept=begun)
     return Bracket(ladder=experiment.ladder.name, rungs=(), rates=rates, effect=tuning_effect(()))
 

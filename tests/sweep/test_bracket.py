@@ -13,7 +13,6 @@ from fake_probes import write_ladder
 
 from homelab_scaling import codec
 from homelab_scaling.batch.bracket import Bracket, read_bracket
-from homelab_scaling.errors import DataError
 from homelab_scaling.plan.counting import count_params
 from homelab_scaling.runs import Machine, Row, RunFolder, RunRecord, RunStatus, read_runs, run_folders
 from homelab_scaling.specs import CorpusManifest, RunSpec
@@ -189,8 +188,9 @@ def test_a_rate_that_diverges_is_a_trial_lost_and_all_of_them_an_error(experimen
 
 
 def test_all_rates_diverged_is_said_with_the_rung(experiment) -> None:
-    with pytest.raises(DataError, match="rung a: every rate diverged"):
-        tune(experiment, World(diverge_above=0))
+    ended = ensure_rates(*experiment, World(diverge_above=0), [].append)
+    assert ended is not None and ended.exit_code == 1 and "every rate diverged" in ended.failed["a"]
+    assert read_bracket(experiment[0].lab) is None
 
 
 def test_a_trial_that_failed_keeps_larger_rungs_from_starting(experiment) -> None:
@@ -208,6 +208,20 @@ def test_a_rung_that_had_begun_keeps_its_rate(experiment) -> None:
     bracket = tune(experiment, world)
     assert bracket is not None and [r.name for r in bracket.rungs] == ["b"] and bracket.rates.kept == {"a": RULE}
     assert peaks(experiment)["a"] == RULE and peaks(experiment)["c"] == pytest.approx(2 * RULE, rel=1e-5)
+
+
+def test_a_bracket_widened_after_larger_rungs_began_leaves_them_their_rates(experiment) -> None:
+    world = World(best=lambda n: RULE)
+    tune(experiment, world)
+    before = peaks(experiment)
+    assert before["c"] == RULE, "the trial at 1 would be the very run that is there"
+    (spec, folder) = next(run for run in write_specs(make_plan(*experiment), experiment[0]) if run[0].rung == "c")
+    world.write(spec, folder, "finished", tuple(world.row(spec, n) for n in spec.science.horizons_tokens))
+    found, corpus = experiment
+    wider = replace(found, ladder=replace(found.ladder, lr=replace(found.ladder.lr, bracket_rungs=3)))
+    bracket = tune((wider, corpus), world)
+    assert bracket is not None and [r.name for r in bracket.rungs] == ["a", "b"] and len(world.launched) == 2
+    assert peaks((wider, corpus)) == before
 
 
 def test_only_rungs_whose_batches_are_settled_are_tuned(experiment) -> None:
