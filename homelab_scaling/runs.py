@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import fcntl
 import io
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -303,34 +304,66 @@ def read_rows(lab: Path) -> tuple[list[Row], list[Excluded]]:
     return [row for record in records for row in record.rows], excluded
 
 
-def critical_batches(lab: Path) -> dict[str, float]:
-    """B_crit in tokens by rung, from a batch.json that a sweep or a branch test has calibrated; empty otherwise.
+@dataclass(frozen=True, kw_only=True)
+class CriticalBatch:
+    """What batch.json says of one rung."""
+
+    n_params: int
+    n_tokens: int
+    """The horizon at whose middle it holds."""
+    data_id: str
+    b_crit_tokens: float
+
+    def at(self, row: Row) -> float | None:
+        """B_crit in tokens at the middle of a row's own horizon; None for a row of another model or text."""
+        from homelab_scaling.batch.midrun import SLOPE
+
+        if (row.n_params, row.data_id) != (self.n_params, self.data_id):
+            return None
+        return self.b_crit_tokens * math.pow(row.n_tokens / self.n_tokens, SLOPE)
+
+
+def critical_batches(lab: Path) -> dict[str, CriticalBatch]:
+    """By rung, from a batch.json that a sweep or a branch test has calibrated; empty otherwise.
 
     An uncalibrated one may be wrong by factors, and would bend what is corrected by it; so would a bound, or what
     published rules say of other models.
     """
-    if why_not_corrected(lab) is not None:
-        return {}
-    plain = codec.read_plain_json(lab / "batch.json")
-    return {str(r["rung"]): float(r["b_crit"]["value"]) for r in plain["rungs"] if r["basis"] in ESTIMATED}
+    return _critical_batches(lab)[0]
 
 
 def why_not_corrected(lab: Path) -> str | None:
     """Why no row of a lab can have its C_min and S_min; None where some can."""
+    return _critical_batches(lab)[1]
+
+
+def _critical_batches(lab: Path) -> tuple[dict[str, CriticalBatch], str | None]:
     path = lab / "batch.json"
     if not path.exists():
-        return "there is no batch.json"
-    plain = codec.read_plain_json(path)
+        return {}, "there is no batch.json"
     try:
-        calibration, bases = plain["calibration"], [rung["basis"] for rung in plain["rungs"]]
+        plain = codec.read_plain_json(path)
+        calibration = plain["calibration"]
         method, is_measured = calibration["method"], calibration["sd_log"] is not None
-    except (KeyError, TypeError):
-        return "batch.json is of another version"
+        found = {
+            str(rung["rung"]): CriticalBatch(
+                n_params=int(rung["n_params"]),
+                n_tokens=int(rung["n_tokens"]),
+                data_id=str(plain["data_id"]),
+                b_crit_tokens=float(rung["b_crit"]["value"]),
+            )
+            for rung in plain["rungs"]
+            if rung["basis"] in ESTIMATED
+        }
+    except SpecError:
+        return {}, "batch.json cannot be read"
+    except (KeyError, TypeError, ValueError):
+        return {}, "batch.json is of another version"
     if method == "uncalibrated":
-        return "batch.json is uncalibrated"
+        return {}, "batch.json is uncalibrated"
     if not is_measured:
-        return f"its {method} test gave only a bound"
-    return None if any(basis in ESTIMATED for basis in bases) else "batch.json has measured no rung"
+        return {}, f"its {method} test gave only a bound"
+    return found, None if found else "batch.json has measured no rung"
 
 
 def corrected(row: Row, b_crit_tokens: float | None) -> dict[str, float | None]:
@@ -354,17 +387,18 @@ def to_point(row: Row, b_crit_tokens: float | None = None) -> LossPoint:
 def read_runs(lab: Path) -> tuple[list[LossPoint], list[Excluded]]:
     """A lab's points for the fitter, and everything that is not one with its reason."""
     rows, excluded = read_rows(lab)
-    b_crit = critical_batches(lab)
-    return [to_point(row, b_crit.get(row.rung)) for row in rows], excluded
+    critical = critical_batches(lab)
+    return [to_point(row, critical[row.rung].at(row) if row.rung in critical else None) for row in rows], excluded
 
 
-def runs_csv(records: list[RunRecord], b_crit_tokens: dict[str, float] | None = None) -> str:
+def runs_csv(records: list[RunRecord], critical: dict[str, CriticalBatch] | None = None) -> str:
     """runs.csv: one line per row: the columns of `Row`, then its run's status and machine; unknown is an empty cell.
 
     Args:
-        b_crit_tokens: by rung; where there is any, `CORRECTED_COLUMNS` are there too.
+        critical: by rung; where there is any, `CORRECTED_COLUMNS` are there too.
     """
-    extra = CORRECTED_COLUMNS if b_crit_tokens else ()
+    critical = critical or {}
+    extra = CORRECTED_COLUMNS if critical else ()
     of_row = [*(f.name for f in dataclasses.fields(Row)), *DERIVED_COLUMNS, *extra]
     of_machine = [f.name for f in dataclasses.fields(Machine)]
     out = io.StringIO()
@@ -374,7 +408,7 @@ def runs_csv(records: list[RunRecord], b_crit_tokens: dict[str, float] | None = 
         machine = codec.to_plain(record.machine)
         for row in record.rows:
             plain = codec.to_plain(row) | {name: getattr(row, name) for name in DERIVED_COLUMNS}
-            plain |= corrected(row, (b_crit_tokens or {}).get(row.rung))
+            plain |= corrected(row, critical[row.rung].at(row) if row.rung in critical else None)
             cells = [*(plain[c] for c in of_row), record.status, *(machine[c] for c in of_machine)]
             writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()

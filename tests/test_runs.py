@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,8 +170,10 @@ def test_runs_csv_has_a_line_per_row_and_empty_cells_for_the_unknown(lab: Path) 
 
 def write_batches(lab: Path, method: str, *, sd_log: float | None = 0.1, basis: str = "measured") -> None:
     b_crit = {"value": 400.0, "low": 300.0, "high": 500.0}
-    rungs = [{"rung": "small", "b_crit": b_crit, "basis": basis}]
-    (lab / "batch.json").write_text(json.dumps({"calibration": {"method": method, "sd_log": sd_log}, "rungs": rungs}))
+    rung = {"rung": "small", "n_params": ROW.n_params, "n_tokens": ROW.n_tokens, "b_crit": b_crit, "basis": basis}
+    calibration = {"method": method, "sd_log": sd_log}
+    plain = {"data_id": ROW.data_id, "calibration": calibration, "rungs": [rung]}
+    (lab / "batch.json").write_text(json.dumps(plain))
 
 
 @pytest.mark.parametrize(("method", "basis"), [("sweep", "measured"), ("branch", "measured"), ("sweep", "forecast")])
@@ -178,9 +181,10 @@ def test_a_calibrated_critical_batch_corrects_compute_and_steps(lab: Path, metho
     write_record(lab, "a")
     write_batches(lab, method, basis=basis)
     assert why_not_corrected(lab) is None
-    (point, _), _ = read_runs(lab)
+    (point, longer), _ = read_runs(lab)
     assert point.c_min_flops == pytest.approx(ROW.flops / (1 + 100 / 400))
     assert point.s_min_steps == pytest.approx(ROW.n_steps / (1 + 400 / 100))
+    assert longer.c_min_flops == pytest.approx(ROW.flops / (1 + 100 / (400 * 2**0.5))), "it grows along a run"
     lines = list(csv.DictReader(write_runs_csv(lab).read_text().splitlines()))
     assert [float(lines[0][name]) for name in CORRECTED_COLUMNS] == [point.c_min_flops, point.s_min_steps]
 
@@ -240,3 +244,18 @@ def test_runs_of_an_older_ladder_are_excluded_by_name(lab: Path) -> None:
     assert [(e.row_id, "ladder was changed" in e.reason) for e in excluded] == [("old", True)]
     codec.write_json(lab / "plan.json", {"runs": []})  # planned before the shards: says nothing about runs
     assert len(read_rows(lab)[0]) == 2
+
+
+@pytest.mark.parametrize("changes", [{"n_params": 68_000}, {"data_id": "another"}])
+def test_a_critical_batch_of_another_model_or_text_corrects_nothing(lab: Path, changes: dict[str, Any]) -> None:
+    write_record(lab, "a", dataclasses.replace(RECORD, rows=(dataclasses.replace(ROW, **changes),)))
+    write_batches(lab, "sweep")
+    (point,), _ = read_runs(lab)
+    assert point.c_min_flops is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"calibration": {"method": "sweep", "sd_log": 0.1}, "rungs": [{}]}'])
+def test_a_damaged_batch_file_costs_the_corrections_only(lab: Path, text: str) -> None:
+    write_record(lab, "a")
+    (lab / "batch.json").write_text(text)
+    assert "batch.json" in str(why_not_corrected(lab)) and len(read_runs(lab)[0]) == 2

@@ -15,7 +15,7 @@ from homelab_scaling import codec
 from homelab_scaling.batch import trials
 from homelab_scaling.batch.table import Setting, rate_of, split_batch
 from homelab_scaling.batch.trials import RATES, SweepResult, Trial
-from homelab_scaling.errors import RunFailed, SpecError
+from homelab_scaling.errors import RunFailed, SpecError, StoppedByWatchdog
 from homelab_scaling.plan.cost import GPU_START_S, VALIDATION_COST_FRAC
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec, Schedule, make_run_id
@@ -213,6 +213,8 @@ class _Sweep:
         unfinished = [key for key in wanted if not self._done(self.specs[key], until)]
         if unfinished:
             record = self.folder(self.specs[unfinished[0]]).read_record()
+            if record is not None and record.stopped_by == "watchdog":
+                raise StoppedByWatchdog(f"the sweep was ended by the watchdog: {record.reason}")
             why = record.reason if record and record.reason else f"the launch ended with exit code {code}"
             raise RunFailed(f"{len(unfinished)} trials of the sweep did not end ({why}); the same command goes on")
 
@@ -272,7 +274,7 @@ def run_sweep(plan: SweepPlan, labs: Path, say: Say) -> SweepResult:
     Raises:
         DataError: too few batches reached the target.
         RunFailed: a trial did not end.
-        Stopped: it was asked to.
+        Stopped, StoppedByWatchdog: it was asked to, or had to.
     """
     sweep, middle = _Sweep(plan, labs, say), plan.middle_seqs
     sweep.train([(middle, factor) for factor in RATES], None)

@@ -14,7 +14,7 @@ from homelab_scaling import codec
 from homelab_scaling.batch import trials, verify
 from homelab_scaling.batch.table import Setting
 from homelab_scaling.box import Box
-from homelab_scaling.errors import DataError, RunFailed
+from homelab_scaling.errors import DataError, RunFailed, StoppedByWatchdog
 from homelab_scaling.ladder import Horizons, Ladder, Rung
 from homelab_scaling.plan.ladder import plan_ladder
 from homelab_scaling.runs import Machine, RunFolder, RunRecord
@@ -22,6 +22,7 @@ from homelab_scaling.specs import CorpusManifest, RunSpec, ShardFile, Split
 
 CPU = Box(device="cpu", n_gpus=0, vram_bytes=None, computes_bf16=False, n_cores=2, has_compiler=True)
 CONTEXT = 64
+MACHINE = Machine(device="cpu", n_processes=1, torch="", accelerate="", transformers="", python="", homelab_scaling="")
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
@@ -156,9 +157,6 @@ class Curves:
             if (until is not None and trials.reached([ln["loss"] for ln in lines], until)) or diverged:
                 break
         codec.append_jsonl(folder.metrics, lines)
-        machine = Machine(
-            device="cpu", n_processes=1, torch="", accelerate="", transformers="", python="", homelab_scaling=""
-        )
         stopped = until is not None and trials.reached([ln["loss"] for ln in lines], until)
         record = RunRecord(
             run_id=spec.run_id,
@@ -168,7 +166,7 @@ class Curves:
             reason=None,
             science_hash=science.hash,
             rows=(),
-            machine=machine,
+            machine=MACHINE,
         )
         codec.write_json(folder.record, record)
 
@@ -220,6 +218,29 @@ def test_rates_that_all_diverge_are_said(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_launch_that_dies_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "run_recipe", lambda *_a, **_k: 9)
     with pytest.raises(RunFailed, match=r"3 trials of the sweep did not end \(the launch ended with exit code 9\)"):
+        verify.run_sweep(make_plan(tmp_path), tmp_path, lambda _text: None)
+
+
+def test_the_watchdogs_end_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_hot(_recipe: str, arguments: Sequence[str], **_: Any) -> int:
+        folder = RunFolder(Path(arguments[1]).parent)
+        spec = folder.read_spec()
+        record = RunRecord(
+            run_id=spec.run_id,
+            ladder=spec.ladder,
+            rung=spec.rung,
+            status="stopped",
+            reason="card 0 was too hot",
+            stopped_by="watchdog",
+            science_hash=spec.science.hash,
+            rows=(),
+            machine=MACHINE,
+        )
+        codec.write_json(folder.record, record)
+        return 3
+
+    monkeypatch.setattr(verify, "run_recipe", too_hot)
+    with pytest.raises(StoppedByWatchdog, match="card 0 was too hot"):
         verify.run_sweep(make_plan(tmp_path), tmp_path, lambda _text: None)
 
 
