@@ -25,8 +25,8 @@ from homelab_scaling.batch.trials import SweepResult
 from homelab_scaling.errors import DataError
 from homelab_scaling.plan import rules
 from homelab_scaling.plan.parts import AdvisedBatch, BatchBasis
-from homelab_scaling.runs import run_folders
-from homelab_scaling.specs import ModelShape
+from homelab_scaling.runs import RUNS_FOLDERS, run_folders
+from homelab_scaling.specs import ModelShape, RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,11 +401,10 @@ def write_advice(lab: Path, advice: BatchAdvice) -> Path:
     return path
 
 
-def begun_rungs(lab: Path) -> frozenset[str]:
-    """Rungs of a lab of which some run has a record: their advice must not change any more."""
-    if not (lab / "runs").is_dir():
-        return frozenset()
-    return frozenset(f.read_spec().rung for f in run_folders(lab) if f.record.exists() and f.spec.exists())
+def begun_runs(lab: Path) -> list[RunSpec]:
+    """The runs of a lab that have a record, trials of learning rates too: what they trained with must not change."""
+    folders = [f for name in RUNS_FOLDERS if (lab / name).is_dir() for f in run_folders(lab / name)]
+    return [f.read_spec() for f in folders if f.record.exists() and f.spec.exists()]
 
 
 def advised_batches(lab: Path) -> dict[str, AdvisedBatch]:

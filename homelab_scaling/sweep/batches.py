@@ -15,7 +15,7 @@ from homelab_scaling.batch.advice import (
     Measured,
     RungAdvice,
     advise,
-    begun_rungs,
+    begun_runs,
     read_advice,
     write_advice,
 )
@@ -38,7 +38,7 @@ from homelab_scaling.errors import SpecError
 from homelab_scaling.plan import rules
 from homelab_scaling.plan.cost import CPU_START_S, GPU_START_S, measured_rates
 from homelab_scaling.plan.parts import Measuring, Plan
-from homelab_scaling.specs import CorpusManifest
+from homelab_scaling.specs import CorpusManifest, RunSpec
 from homelab_scaling.sweep.calibrating import calibrate_by_branch
 from homelab_scaling.sweep.prepare import Experiment, make_plan
 
@@ -133,16 +133,21 @@ class Batches:
     @property
     def begun(self) -> frozenset[str]:
         """Rungs whose training has begun at the batch that batch.json advises."""
-        return begun_rungs(self.lab) & {r.rung for r in (self.advice.rungs if self.advice else ())}
+        here = {s.rung.name: s for s in self.settings}
+        advised = {r.rung for r in self.advice.rungs} if self.advice else set[str]()
+        began = [run for run in begun_runs(self.lab) if run.rung in advised]
+        text = {_text(run) for run in self.plan.runs}
+        return frozenset(run.rung for run in began if _text(run) in text and _trains(run, here[run.rung]))
 
     @property
     def begun_unadvised(self) -> dict[str, str]:
         """Rungs whose training began at the ladder's own batch, which is not given as such; and the reason to say."""
-        ids = {run.rung: run.run_id for run in self.plan.runs}
+        planned = {_but_for_its_rate(run) for run in self.plan.runs}
+        began = {run.rung for run in begun_runs(self.lab) if _but_for_its_rate(run) in planned}
         return {
             name: "its training began before anything was measured"
             for name in self._free()
-            if name not in self.begun and self.experiment.run(ids.get(name, "-")).record.exists()
+            if name in began and name not in self.begun
         }
 
     def _free(self) -> list[str]:
@@ -369,6 +374,25 @@ def _is_about(told: RungAdvice, setting: Setting) -> bool:
     """Whether advice is for this model and horizon; another batch rounds a horizon a little differently."""
     off = abs(rules.gap(setting.horizon_tokens, told.n_tokens))
     return told.shape == setting.shape and off <= rules.GAP_WARN_FRAC
+
+
+def _trains(spec: RunSpec, setting: Setting) -> bool:
+    """Whether a run is of this model and horizon, rather than of what the ladder said before it was changed."""
+    horizons = setting.rung.training.horizons
+    own = horizons if spec.science.schedule.name == "cosine" else horizons[-1:]  # a cosine has a run for each
+    gaps = [abs(rules.gap(h.tokens, spec.science.horizons_tokens[-1])) for h in own]
+    return spec.science.shape == setting.shape and min(gaps) <= rules.GAP_WARN_FRAC
+
+
+def _text(run: RunSpec) -> tuple[str, ...]:
+    science = run.science
+    return science.tokenizer_hash, science.train_fingerprint, science.val_fingerprint
+
+
+def _but_for_its_rate(run: RunSpec) -> tuple[object, ...]:
+    """What a run trains, apart from the learning rate, which may have been tuned since it was planned."""
+    science = run.science
+    return run.rung, science.seed, science.shape, science.horizons_tokens, science.batch_tokens_global, *_text(run)
 
 
 def in_words(told: RungAdvice) -> str:

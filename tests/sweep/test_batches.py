@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from homelab_scaling.errors import Stopped
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.report import page
 from homelab_scaling.runs import RunFolder, RunRecord, RunStatus, StoppedBy
-from homelab_scaling.specs import RunSpec
+from homelab_scaling.specs import RunSpec, make_run_id
 from homelab_scaling.sweep import batches, local
 
 Homelab = Callable[..., Any]
@@ -342,6 +343,41 @@ def test_training_that_began_before_there_was_a_measurement_keeps_its_batch(
     assert trained["a"] == spec and told(ladder, "a").basis == "prior"
     assert "training began before" in told(ladder, "a").why
     assert len(list((lab_of(ladder) / "runs").iterdir())) == 3, "what was prepared for b and c and never began is gone"
+
+
+@pytest.mark.parametrize("where", ["runs", "bracket_runs"])
+def test_one_seed_or_a_trial_of_its_rate_is_a_beginning(
+    ladder: Path, homelab: Homelab, probes: Probes, trained: dict[str, RunSpec], log: list[str], where: str
+) -> None:
+    ladder.write_text("seeds = [1, 2]\n" + LADDER)
+    assert homelab("run", ladder, "--prepare").code == 0
+    first = min((lab_of(ladder) / "runs").glob("a-s1-*"))
+    spec = RunFolder(first).read_spec()
+    if where != "runs":  # at another rate, as trials are
+        science = replace(spec.science, schedule=replace(spec.science.schedule, lr_peak=3e-3))
+        spec = replace(spec, science=science, run_id=make_run_id(spec.rung, science))
+    folder = RunFolder(lab_of(ladder) / where / "a-s1-begun")
+    codec.write_json(folder.spec, spec)
+    codec.write_json(folder.record, record(spec, "stopped", "by hand", "signal"))
+    assert homelab("run", ladder).code == 0
+    assert log[0] == "probe b c" and trained["a"].science.batch_tokens_global == spec.science.batch_tokens_global
+
+
+def test_runs_of_a_rung_that_was_changed_since_do_not_freeze_its_forecast(
+    ladder: Path,
+    homelab: Homelab,
+    probes: Probes,
+    trained: dict[str, RunSpec],
+    log: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batches, "TOGETHER_BELOW_S", NOT_TOGETHER)
+    assert homelab("run", ladder).code == 0
+    ladder.write_text(LADDER.replace("d_model = 32", "d_model = 40").replace("d_model = 64", "d_model = 72"))
+    log.clear()
+    assert homelab("run", ladder).code == 0
+    assert log == ["probe b", "train b", "probe c", "train c"]
+    assert [told(ladder, name).basis for name in "abc"] == ["measured"] * 3
 
 
 # ------------------------------------------------------------------------------------------------------- said before
