@@ -26,6 +26,14 @@ in bf16, and there never slower than what torch.compile makes of the same functi
 """
 
 
+CPU_GRADIENT_ROWS = 4096
+"""Rows of a bf16 weight's gradient that are made at a time on CPU, to be added to the fp32 sum while in cache.
+
+Measured, V = 50,304: equal at d = 96, 1.3 to 1.7 times faster than all rows at d = 256 to 768, and without the two
+temporary V x D that mixed addition makes there.
+"""
+
+
 def chunked_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, n_vocab: int, chunk_rows: int, *, compiled: bool = False
 ) -> Tensor:
@@ -106,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if wants_weight and dtype == torch.float32:
                     grad_weight_VD.addmm_(logits_RV.T, cast_RD)
                 elif wants_weight:
-                    grad_weight_VD.add_(logits_RV.T @ cast_RD)
+                    _add_product_(grad_weight_VD, logits_RV, cast_RD)
         ctx.grads = (grad_hidden_ND if wants_hidden else None, grad_weight_VD if wants_weight else None)
         ctx.n_tokens, ctx.weight_dtype = len(targets_N), weight_VD.dtype
         return torch.cat(losses).mean()
@@ -126,6 +134,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.mul_(scale).to(ctx.weight_dtype)
         return grad_hidden_ND, grad_weight_VD, None, None, None, None
+
+
+def _add_product_(grad_VD: Tensor, logits_RV: Tensor, hidden_RD: Tensor) -> None:
+    """Adds logits.T @ hidden, made in their own dtype, to an fp32 sum."""
+    rows = CPU_GRADIENT_ROWS if grad_VD.is_cpu else len(grad_VD)
+    for sum_SD, slice_RS in zip(grad_VD.split(rows), logits_RV.split(rows, dim=1), strict=True):
+        sum_SD.add_(slice_RS.T @ hidden_RD)
 
 
 def _matmul_dtype(hidden_ND: Tensor) -> torch.dtype:

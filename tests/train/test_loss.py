@@ -140,6 +140,18 @@ def test_bf16_chunks_add_up_in_fp32() -> None:
     assert many < 1.5 * one
 
 
+def test_slices_of_the_gradient_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = []
+    for rows in (7, 100_000):
+        monkeypatch.setattr(loss_module, "CPU_GRADIENT_ROWS", rows)
+        hidden, weight, targets = make(64, 16, 201, 23)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = chunked_cross_entropy(hidden, weight, targets, 201, 40)
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    assert torch.allclose(*grads, rtol=0, atol=2**-8 * float(grads[1].abs().max())), "bf16 rounds either once"
+    assert not grads[0][201:].any()
+
+
 def test_bf16_keeps_the_gradient_of_a_token_that_is_predicted_well() -> None:
     """softmax - 1 of 0.9999 is exact from the loss, and 0 when formed in bf16."""
     hidden = torch.tensor([[1.0]], requires_grad=True)
