@@ -1,8 +1,9 @@
 """One launch: its command and environment, its way to be stopped, and how it ended.
 
 A launcher turns every exit code into 1 and passes on no SIGTERM, so how a run ended is read from its record.json, and a
-request to stop goes straight to the trainer's ranks, whose pids the run's events.jsonl names. A launch outlives the
-driver that made it; the next driver knows it again by its launcher's pid and start, or by the lock on the run's folder.
+request to stop goes straight to the trainer's ranks, whose pids the run's events.jsonl names and whose environment says
+which launcher they are from (torchrun gives each a session of its own). A launch outlives the driver that made it; the
+next driver knows it again by its launcher's pid and start, or by the lock on the run's folder.
 """
 
 import contextlib
@@ -25,6 +26,9 @@ from homelab_scaling.train.oom_notes import NoRoom, OutOfMemory, end_of_segment
 from homelab_scaling.watch import link, processes
 
 Stamp = tuple[int, int]
+
+LAUNCHER_VARIABLE = "HOMELAB_LAUNCHER"
+"""In the environment of everything that a launch starts: the pid of its launcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ class Launch:
 
     Args:
         process: None for one that an earlier driver, or somebody else, started.
-        session: of its processes, which is the launcher's pid; None where nobody wrote it down. Without it the launch
+        session: of its launcher, which is the launcher's pid; None where nobody wrote it down. Without it the launch
             is not ours to stop: it is waited for.
         before: stamp of record.json when it began.
         began_s: Unix time.
@@ -113,7 +117,7 @@ class Launch:
 
     def ranks(self) -> list[int]:
         """Pids of the trainer's ranks that are alive and belong to this launch."""
-        return [pid for pid, session in ranks_of(self.folder) if session == self.session]
+        return [pid for pid, launcher in ranks_of(self.folder) if launcher == self.session]
 
     def ask_to_stop(self) -> None:
         """The ranks save and leave; asked once."""
@@ -130,6 +134,9 @@ class Launch:
     def kill(self) -> None:
         """Everything it started, at once."""
         self._signal_group(signal.SIGKILL)
+        for rank in self.ranks():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(os.getpgid(rank), signal.SIGKILL)
 
     def _signal_group(self, number: int) -> None:
         if self.session is not None:
@@ -146,7 +153,8 @@ def start(spec: RunSpec, folder: RunFolder, box: Box, *, more: Mapping[str, str]
         output: a file for what it prints; None prints here.
     """
     before, began_s = record_stamp(folder), link.now_s()
-    command, env = launch_command(spec, folder, box), {**environment(), **more}
+    command = ["/bin/sh", "-c", f'export {LAUNCHER_VARIABLE}=$$; exec "$@"', "sh", *launch_command(spec, folder, box)]
+    env = {**environment(), **more}
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(output, "ab")) if output is not None else None
         process = subprocess.Popen(command, start_new_session=True, stdout=file or sys.stderr, stderr=file, env=env)
@@ -169,12 +177,23 @@ def find_orphan(spec: RunSpec, folder: RunFolder, launcher: tuple[int, int] | No
 
 
 def ranks_of(folder: RunFolder) -> Iterator[tuple[int, int]]:
-    """Pid and session of every process of the run's last segment that is alive."""
+    """Of every process of the run's last segment that is alive: its pid, and its launcher's.
+
+    One that was launched by hand has no word of its launcher; its session stands for it.
+    """
     segments = [e for e in codec.read_jsonl(folder.events) if e["kind"] == "segment"]
     for pid in segments[-1]["pids"] if segments else []:
         with contextlib.suppress(OSError):
             if processes.is_alive(pid):
-                yield pid, os.getsid(pid)
+                yield pid, _launcher_of(pid) or os.getsid(pid)
+
+
+def _launcher_of(pid: int) -> int | None:
+    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        name, _, value = entry.partition(b"=")
+        if name == LAUNCHER_VARIABLE.encode() and value.isdigit():
+            return int(value)
+    return None
 
 
 def is_locked(folder: RunFolder) -> bool:

@@ -14,7 +14,7 @@ from types import FrameType
 from homelab_scaling.box import Box
 from homelab_scaling.errors import HomelabError, Stopped
 from homelab_scaling.specs import WatchLimits
-from homelab_scaling.watch import link
+from homelab_scaling.watch import link, processes
 from homelab_scaling.watch.p2p import nccl_environment
 from homelab_scaling.watch.start import start_watchdog
 
@@ -137,7 +137,7 @@ def run_recipe(
                 told_at = time.monotonic()
                 _signal_group(process.pid, signal.SIGTERM)
             elif told_at is not None and (stop.asked(2) or time.monotonic() - told_at > GIVE_UP_S):
-                _signal_group(process.pid, signal.SIGKILL)
+                processes.send(processes.family(process.pid), signal.SIGKILL)  # ranks have groups of their own
             if told_at is not None:
                 time.sleep(0.2)
         if stop.asked() or stop.time_is_up:
