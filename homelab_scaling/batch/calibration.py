@@ -10,7 +10,7 @@ from typing import Literal
 
 from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.critical import Estimate, TradeOff
-from homelab_scaling.batch.forecast import Z95
+from homelab_scaling.batch.estimator import Z95
 
 UNCALIBRATED = (
     "uncalibrated: B_crit is taken to be B_simple itself, which was found orders of magnitude too low (Merrill 2025) "

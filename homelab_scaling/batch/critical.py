@@ -1,4 +1,4 @@
-"""The critical batch size from a sweep of batch sizes, its law over a ladder, and what it corrects.
+"""The critical batch size from a sweep of batch sizes, and its law over a ladder.
 
 Legend: B batch, S steps and E = S B examples (or tokens) to one and the same loss; S_min the steps that no batch can go
 below, E_min the examples that no batch can go below; B_crit = E_min / S_min. B and E in one unit, sequences or tokens.
@@ -235,11 +235,3 @@ def fit_batch_law(of: str, x: Sequence[float], b_crit: Sequence[float]) -> Batch
         published=PUBLISHED_LAWS.get(of, {}),
         covariance=((covariance[0, 0], covariance[0, 1]), (covariance[1, 0], covariance[1, 1])),
     )
-
-
-# ------------------------------------------------------------------------------------------------------ corrections
-
-
-def overhead_frac(batch: float, b_crit: float) -> float:
-    """E / E_min - 1 = B / B_crit: tokens above those of a small batch, for the same loss."""
-    return batch / b_crit

@@ -114,13 +114,6 @@ class NoiseScale:
         return math.log(self.ci95_tokens[1] / self.ci95_tokens[0]) / (2 * Z95)
 
     @property
-    def half_width_frac(self) -> float | None:
-        """Half the interval's width as a share of the value; None without both."""
-        if self.b_simple_tokens is None or self.ci95_tokens is None:
-            return None
-        return (self.ci95_tokens[1] - self.ci95_tokens[0]) / 2 / self.b_simple_tokens
-
-    @property
     def words(self) -> str:
         """`B_simple 3,189 tokens (24.9 sequences), 95 % 2,900 to 3,510`, or at least how much."""
         if self.b_simple_tokens is not None and self.b_simple_seqs is not None and self.ci95_tokens is not None:
@@ -157,21 +150,17 @@ def noise_scale(
     loss_nats: float,
     tokens_trained: int,
     n_params: int,
-    weights: Array | None = None,
     overhead_frac: float | None = None,
     why_not_informative: str | None = None,
 ) -> NoiseScale:
     """B_simple of measuring steps at (nearly) the same weights.
-
-    Args:
-        weights: of the steps, the same for numerator and denominator, such as `ema_weights`; None weighs all alike.
 
     Raises:
         DataError: fewer than 3 steps.
     """
     trace = np.array([m.trace for m in measurements])
     grad_sq = np.array([m.grad_sq for m in measurements])
-    ratio = fieller(trace, grad_sq, weights)
+    ratio = fieller(trace, grad_sq)
 
     low, high = (None if end is None else end * context_tokens for end in (ratio.low, ratio.high))
     return NoiseScale(
@@ -194,16 +183,7 @@ def noise_scale(
     )
 
 
-def ema_weights(n: int, half_life: float) -> Array:
-    """Weights of `n` steps, the last one heaviest, halved every `half_life` steps; they sum to 1.
-
-    That sum is the debias: an exponential average that starts at zero leaves it out, and clamps what then divides.
-    """
-    weights = 0.5 ** (np.arange(n)[::-1] / half_life)
-    return np.asarray(weights / weights.sum())
-
-
-def fieller(numerator: Array, denominator: Array, weights: Array | None = None) -> Ratio:
+def fieller(numerator: Array, denominator: Array) -> Ratio:
     """mean(numerator) / mean(denominator) of paired samples whose true means are not negative, with Fieller's interval.
 
     The interval is every ratio v for which mean(numerator - v denominator) does not differ from 0 by Student's t. It is
@@ -218,12 +198,10 @@ def fieller(numerator: Array, denominator: Array, weights: Array | None = None) 
         )
     from scipy import stats
 
-    w = np.full(len(numerator), 1 / len(numerator)) if weights is None else weights / weights.sum()
-    n_eff = 1 / float(w @ w)
-    x, y = float(w @ numerator), float(w @ denominator)
+    x, y, dof = float(numerator.mean()), float(denominator.mean()), len(numerator) - 1
     dx, dy = numerator - x, denominator - y
-    var_x, var_y, cov = (float(w @ product) / (n_eff - 1) for product in (dx * dx, dy * dy, dx * dy))
-    t2 = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n_eff - 1)) ** 2
+    var_x, var_y, cov = (float(product.mean()) / dof for product in (dx * dx, dy * dy, dx * dy))  # of the means
+    t2 = float(stats.t.ppf(0.5 + CONFIDENCE / 2, dof)) ** 2
     # a v^2 - 2 h v + c <= 0. A negative mean of squares is chance: 0 is the nearest that can be true.
     y_possible = max(y, 0.0)
     a, h, c = y_possible**2 - t2 * var_y, x * y_possible - t2 * cov, x * x - t2 * var_x

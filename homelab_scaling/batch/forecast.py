@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from homelab_scaling.batch.critical import Estimate
+from homelab_scaling.batch.estimator import Z95
 
-Z95 = 1.959963984540054
 D_SLOPE, D_SLOPE_SD = 0.47, 0.20
 """Zhang 2024 has 0.47, Power Lines 0.46, their optimum 0.38, Step Law 0.57; N grows along in most ladders."""
 N_SLOPE, N_SLOPE_SD = 0.22, 0.20

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from homelab_scaling.batch import probe
 from homelab_scaling.batch.advice import Measured
-from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.critical import Estimate
 from homelab_scaling.batch.estimator import NoiseScale
 from homelab_scaling.batch.midrun import MidRun, middle_of_run
@@ -81,9 +80,11 @@ def run_probes(
             shutil.rmtree(probe.work_folder(lab, plan.rung).path, ignore_errors=True)
     found = _launch(plans, lab=lab, box=box, say=say)
     if missing := [plan for plan in plans if plan.rung not in found]:
+        record = probe.work_folder(lab, missing[0].rung).read_record()
+        diverged = record is not None and record.status == "diverged"  # it would do so again
         raise RunFailed(
-            f"the probe of {listed([plan.rung for plan in missing])} ended without a result ({_why(missing[0], lab)}); "
-            "the same command goes on"
+            f"the probe of {listed([plan.rung for plan in missing])} ended without a result ({_why(missing[0], lab)})"
+            + "; the same command goes on" * (not diverged)
         )
     return [found[plan.rung] for plan in plans]
 
@@ -213,11 +214,6 @@ def measured_from(result: ProbeResult) -> Measured:
 def b_simple_at_middle(points: Sequence[NoiseScale], horizon_tokens: int) -> Estimate | None:
     """B_simple in tokens half-way through a stretch of training; None where the points do not tell."""
     return estimate_of(middle_of_run(points, horizon_tokens=horizon_tokens))
-
-
-def b_simple_at_branch(points: Sequence[NoiseScale], branch: BranchResult) -> Estimate | None:
-    """B_simple in tokens at the middle of a branch test: what its B_crit is to be compared with."""
-    return b_simple_at_middle(points, round(2 * branch.middle_tokens))
 
 
 def estimate_of(middle: MidRun) -> Estimate | None:

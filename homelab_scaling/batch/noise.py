@@ -95,13 +95,12 @@ class NoiseHook:
         self._pending: list[tuple[int, int, Tensor, Tensor]] = []
 
     @contextmanager
-    def listening(self, *, n_passes: int, seqs_per_pass: int, loss_divisor: float | None = None) -> Iterator[None]:
+    def listening(self, *, n_passes: int, seqs_per_pass: int) -> Iterator[None]:
         """Hooks for one update's backward passes of this rank; they are gone when the block ends, however it ends.
 
         Args:
-            n_passes: backward passes of this rank.
+            n_passes: backward passes of this rank, by which the loss of each was divided.
             seqs_per_pass: different sequences in each.
-            loss_divisor: what the loss of each pass was divided by (accumulation, loss scale); None is `n_passes`.
 
         Raises:
             DataError: fewer than two passes over all ranks.
@@ -113,8 +112,7 @@ class NoiseHook:
         handles = [p.register_hook(self._note_gradient) for p in self.parameters]  # type: ignore[no-untyped-call]
         try:
             yield
-            divisor = n_passes if loss_divisor is None else loss_divisor
-            self._sum = torch.stack(self._norms).double().square().sum() * divisor**2
+            self._sum = torch.stack(self._norms).double().square().sum() * n_passes**2
             self._open = (k, seqs_per_pass)
         finally:
             for handle in handles:

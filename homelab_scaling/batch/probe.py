@@ -20,7 +20,7 @@ from homelab_scaling.batch.midrun import MidRun
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.cost import predict_rate
-from homelab_scaling.plan.counting import count_params, flops_per_token
+from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.plan.noise import MIN_MEASUREMENTS as MIN_WINDOW_STEPS
 from homelab_scaling.runs import Machine, RunFolder
 from homelab_scaling.specs import RunSpec, make_run_id
@@ -79,7 +79,8 @@ class ProbePlan:
             f"probe of {self.rung}: trains {self.burn_in_tokens:,} tokens "
             f"({self.burn_in_tokens / self.horizon_tokens:.0%} of the longest horizon, {self.flops:.2g} FLOPs, {took}) "
             f"and measures on {n_steps} steps of {self.k} x {self.microbatch_seqs} sequences; that gives B_simple to "
-            f"within {WITHIN:.0%} up to {self.measurable_tokens:,.0f} tokens, above less exactly, or a lower bound"
+            f"within {WITHIN:.0%} up to {self.measurable_tokens:,.0f} tokens, above less exactly, or a lower bound "
+            f"(twice as much would want {self.steps_for(2 * self.measurable_tokens)} steps in the shortest window)"
         )
 
 
@@ -266,8 +267,3 @@ def prepare_probe(plan: ProbePlan, lab: Path) -> Path:
     codec.write_json(folder.spec, plan.spec)
     codec.write_json(path, plan)
     return path
-
-
-def n_params_of(spec: RunSpec) -> int:
-    """Parameters of the rung."""
-    return count_params(spec.science.shape, spec.science.n_vocab).n_params

@@ -38,7 +38,6 @@ class Noise:
     at_least: float | None
     why: str | None
     is_decay: bool = False
-    from_probe: bool = False
 
     @property
     def sd_log(self) -> float | None:
@@ -129,7 +128,6 @@ class RungBatch:
                 ci95=p.ci95_tokens,
                 at_least=p.at_least_tokens,
                 why=p.why_no_number or p.why_not_informative,
-                from_probe=True,
             )
             for p in points
             if p.b_simple_tokens is not None or p.at_least_tokens is not None

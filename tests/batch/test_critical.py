@@ -154,4 +154,3 @@ def test_corrections_undo_the_hyperbola(s_min: float, b_crit: float, batch: floa
     steps, flops = s_min * (1 + b_crit / batch), 1e3 * (1 + batch / b_crit)
     row = SimpleNamespace(n_steps=steps, flops=flops, batch_tokens=batch)
     assert corrected(row, b_crit) == pytest.approx({"c_min_flops": 1e3, "s_min_steps": s_min})
-    assert critical.overhead_frac(0.2 * b_crit, b_crit) == pytest.approx(0.2)
