@@ -26,6 +26,7 @@ from homelab_scaling.batch.probe import (  # noqa: E402
     plan_probe,
     prepare_probe,
     result_path,
+    work_folder,
 )
 from homelab_scaling.errors import (  # noqa: E402
     HomelabError,
@@ -87,7 +88,8 @@ def probes_of(args: Args) -> list[tuple[ProbePlan, Path]]:
     if os.environ.get("RANK", "0") == "0":
         print(plan.words, file=sys.stderr, flush=True)
         if finished_probe(plan, lab) is None:
-            prepare_probe(plan, lab)
+            with work_folder(lab, plan.rung).lock():  # another probe of this rung may be at work there
+                prepare_probe(plan, lab)
     return [(plan, lab)]
 
 

@@ -54,10 +54,14 @@ def calibrate(sweep: TradeOff, b_simple: Estimate, rung: str) -> Calibration:
 def calibration_from_branch(result: BranchResult, b_simple: Estimate | None, rung: str) -> Calibration:
     """c from a branch test and the noise scale at the middle of its branches (`result.middle_tokens`), in tokens.
 
-    A bound is taken as if it were the value, which is the careful side where B_crit is at least that; without either,
-    or without a noise scale, the answer is uncalibrated and says why.
+    A lower bound is taken as if it were the value, which is the careful side; an upper one only where it lies below
+    the noise scale itself, which is what an uncalibrated answer takes. Without either, or without a noise scale, the
+    answer is uncalibrated and says why.
     """
     bound = result.at_least_tokens or result.at_most_tokens
+    if result.b_crit is None and result.at_least_tokens is None and bound and b_simple and bound > b_simple.value:
+        why = f"B_crit is at most {bound:,.0f} tokens, which {b_simple.value:,.0f} of B_simple is within"
+        return Calibration(sentence=f"the branch test on {rung} does not calibrate: {why}; {UNCALIBRATED}")
     b_crit = result.b_crit.value if result.b_crit is not None else bound
     if b_crit is None or b_simple is None:
         why = result.why_no_number if b_crit is None else "the noise scale there is not known"

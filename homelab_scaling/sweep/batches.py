@@ -19,6 +19,7 @@ from homelab_scaling.batch.advice import (
     read_advice,
     write_advice,
 )
+from homelab_scaling.batch.branch import finished_branch
 from homelab_scaling.batch.branch_fit import BranchResult
 from homelab_scaling.batch.branch_plan import BranchPlan, plan_branch
 from homelab_scaling.batch.calibration import Calibration
@@ -226,7 +227,10 @@ class Batches:
         launches = min(1, len(todo)) if together else len(todo)
         seconds = None if bill.seconds is None else bill.seconds + launches * start
         flops = bill.flops
-        branches = self.branch_plan() if self.smallest.rung.name in pending else None
+        smallest = self.smallest.rung.name
+        branches = self.branch_plan() if smallest in pending or self.is_known(smallest) else None
+        if branches is not None and finished_branch(branches) is not None:
+            branches = None
         if branches is not None:
             # From the checkpoint that the probe will leave.
             share = 1 - branches.start_tokens / branches.tokens * (not branches.burn_in_paid)

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from homelab_scaling import codec
 from homelab_scaling.batch.bracket import (
-    Best,
     Bracket,
     BracketRung,
     RateTrial,
@@ -205,11 +204,5 @@ class _Tuning:
             batch_tokens=self.rung.training.batch_tokens,
             horizons_tokens=tuple(h.tokens for h in self.rung.training.horizons),
             trials=trials,
-            best=self._best(trials),
+            best=best_rate({t.factor: t.final for t in trials}),
         )
-
-    def _best(self, trials: Sequence[RateTrial]) -> Best:
-        try:
-            return best_rate({t.factor: t.final for t in trials})
-        except DataError as error:
-            raise DataError(f"rung {self.rung.name}: {error}") from None

@@ -311,6 +311,14 @@ def test_a_bound_calibrates_as_if_it_were_the_value_and_nothing_does_not() -> No
     assert calibration_from_branch(result_with(), None, "a").method == "uncalibrated"
 
 
+@pytest.mark.parametrize(("most", "c"), [(100.0, 0.5), (1000.0, 1.0)])
+def test_an_upper_bound_never_makes_a_batch_larger(most: float, c: float) -> None:
+    bound = result_with(b_crit=None, at_most_tokens=most, why_no_number="try smaller ones")
+    found = calibration_from_branch(bound, Estimate(value=200.0, low=100.0, high=400.0), "a")
+    assert found.c == c and found.sd_log is None and f"at most {most:,.0f} tokens" in found.sentence
+    assert found.method == ("branch" if c < 1 else "uncalibrated")
+
+
 @pytest.mark.slow
 def test_the_recipe_under_accelerate_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -14,8 +14,9 @@ from homelab_scaling import codec
 from homelab_scaling.batch import measure
 from homelab_scaling.batch.advice import BatchAdvice, RungAdvice, read_advice
 from homelab_scaling.batch.probe import ProbePlan, work_folder
-from homelab_scaling.errors import Stopped
+from homelab_scaling.errors import MachineError, Stopped
 from homelab_scaling.plan.parts import Plan
+from homelab_scaling.recipes import noise_probe
 from homelab_scaling.report import page
 from homelab_scaling.runs import RunFolder, RunRecord, RunStatus, StoppedBy
 from homelab_scaling.specs import RunSpec, make_run_id
@@ -380,7 +381,27 @@ def test_runs_of_a_rung_that_was_changed_since_do_not_freeze_its_forecast(
     assert [told(ladder, name).basis for name in "abc"] == ["measured"] * 3
 
 
+def test_a_probe_by_hand_leaves_one_that_is_at_work_alone(ladder: Path, homelab: Homelab) -> None:
+    assert homelab("run", ladder, "--prepare").code == 0
+    folder = work_folder(lab_of(ladder), "a")
+    args = noise_probe.Args(ladder=str(ladder), rung="a", lab=lab_of(ladder).parent)
+    with folder.lock(), pytest.raises(MachineError, match="another process"):
+        noise_probe.probes_of(args)
+    noise_probe.probes_of(args)
+    assert (folder.path / "probe.json").exists()
+
+
 # ------------------------------------------------------------------------------------------------------- said before
+
+
+def test_branches_of_a_rung_that_was_measured_before_are_on_the_bill(
+    ladder: Path, homelab: Homelab, probes: Probes, log: list[str]
+) -> None:
+    assert homelab("batch-size", ladder, "--rungs", "a").code == 0
+    ladder.write_text(ladder.read_text().replace('calibrate = "none"', 'calibrate = "branch"'))
+    said = homelab("plan", ladder, "--json")
+    measuring = json.loads(said.out)["measuring"]
+    assert measuring["rungs"] == ["b", "c"] and measuring["calibrated_on"] == "a"
 
 
 def test_prepare_measures_nothing_and_says_so(ladder: Path, homelab: Homelab, probes: Probes, log: list[str]) -> None:
