@@ -222,6 +222,8 @@ def split_batch(setting: Setting, seqs: int) -> tuple[int, int, int] | None:
         precision=setting.rung.training.precision,
         card_bytes=box.vram_bytes,
         loss_path=None if ladder.train.loss == "auto" else ladder.train.loss,
+        checkpointing=ladder.train.activation_checkpointing,
+        sharding=ladder.train.sharding,
     )
     return None if micro is None else (ranks, micro, seqs // ranks // micro)
 

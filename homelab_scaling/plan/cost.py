@@ -6,7 +6,7 @@ card's peak, a floor for kernel launches, and what data-parallel traffic adds. U
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from homelab_scaling.box import Box
@@ -15,7 +15,7 @@ from homelab_scaling.plan.ddp import ASSUMED_FABRIC, ddp_step
 from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.peaks import find_card, peak_bf16_flops, why_no_peak
 from homelab_scaling.runs import Row, readable_runs
-from homelab_scaling.specs import ModelShape, Money, Precision, Sharding
+from homelab_scaling.specs import ModelShape, Money, OptimizerName, Precision, Sharding
 
 # CPU, fp32, our chunked loss: fitted to the quickstart's five rungs of 54k to 874k parameters (2 cores of a 2023 Xeon,
 # vocabulary 2,048, batches of 8 x 128), which it reproduces within 18 %.
@@ -34,6 +34,9 @@ GPU_LAUNCH_S_PER_LAYER = 0.5e-3
 GPU_LAUNCH_S = 1e-3
 GPU_START_S = 45.0
 """Imports, CUDA context and the first compiled step."""
+SHARDED_WAYS: dict[Sharding, float] = {"grad-op": 1.0, "full": 1.5}
+"""Traffic of FSDP, in all-reduces of all parameters per forward and backward pass."""
+
 VALIDATION_COST_FRAC = 1 / 3
 """Forward only, against forward and backward."""
 
@@ -59,6 +62,10 @@ class MeasuredRate:
     tokens_per_s: float
     activation_checkpointing: bool = False
     sharding: Sharding = "none"
+    optimizer: OptimizerName = "adamw"
+    microbatch_seqs: int | None = None
+    peak_vram_bytes: int | None = None
+    """torch's max_memory_allocated; None on CPU."""
     watts: float | None = None
     """Mean power at the plug while it ran, from measured card energy; None where there was no sensor."""
     watts_err_frac: float | None = None
@@ -84,6 +91,9 @@ def measured_rates(labs: Iterable[Path]) -> tuple[MeasuredRate, ...]:
             tokens_per_s=row.tokens_per_s,
             activation_checkpointing=spec.execution.activation_checkpointing,
             sharding=spec.execution.sharding,
+            optimizer=spec.science.optim.name,
+            microbatch_seqs=spec.execution.microbatch_seqs_per_rank,
+            peak_vram_bytes=row.peak_vram_bytes,
             watts=_measured_watts(row),
             watts_err_frac=row.kwh_wall_err_frac,
         )
@@ -149,12 +159,18 @@ def predict_rate(
     compute_s = tokens_per_rank * asked_flops_per_token(shape, n_vocab, activation_checkpointing) / (peak * mfu)
     floor_s = accumulation_steps * (GPU_LAUNCH_S_PER_LAYER * shape.n_layer + GPU_LAUNCH_S)
     fabric = here.fabric if here else ASSUMED_FABRIC
+    # Sharded parameters and gradients travel in every pass: gathered (full: twice) and reduced, half a ring each.
+    rounds, ways = (accumulation_steps, SHARDED_WAYS[sharding]) if sharding != "none" else (1, 1.0)
     step = ddp_step(
-        count_params(shape, n_vocab), max(compute_s, floor_s), fabric, n_ranks=n_processes, n_passes=accumulation_steps
+        count_params(shape, n_vocab),
+        max(compute_s, floor_s) / rounds,
+        replace(fabric, bytes_per_s=fabric.bytes_per_s / ways),
+        n_ranks=n_processes,
+        n_passes=accumulation_steps // rounds,
     )
     between = f"; {fabric.basis}" if here and n_processes > 1 else ""
     return Rate(
-        tokens_per_s=tokens_per_rank * n_processes / step.seconds,
+        tokens_per_s=tokens_per_rank * n_processes / (rounds * step.seconds),
         basis=f"assumed (MFU {mfu:.0%} of {peak / 1e12:.1f} TFLOP/s per card{between})",
     )
 

@@ -112,6 +112,8 @@ class Placement:
     """Totals of `memory`."""
     fits: bool | None
     """Within 90 % of the card; None on CPU."""
+    peak_vram_bytes: int | None = None
+    """The highest that finished rows recorded with this placement, to hold against `memory`'s allocated_bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ def plan_placement(given: Given, rung: Rung, size: Size, training: Training) -> 
     """Ranks, micro-batch, accumulation, loss path and the memory they need."""
     seqs = training.batch_tokens // size.shape.context_tokens
     ranks = _processes(given, rung.name, seqs)
-    optimizer = given.ladder.optim.name
-    asked = given.ladder.train.microbatch_seqs_per_rank
+    optimizer, table = given.ladder.optim.name, given.ladder.train
+    _check_sharding(given, rung.name, ranks)
+    asked = table.microbatch_seqs_per_rank
     best = memory.largest_microbatch(
         size.shape,
         given.n_vocab,
@@ -23,7 +24,9 @@ def plan_placement(given: Given, rung: Rung, size: Size, training: Training) -> 
         n_processes=ranks,
         precision=training.precision,
         card_bytes=given.box.vram_bytes,
-        loss_path=None if given.ladder.train.loss == "auto" else given.ladder.train.loss,
+        loss_path=None if table.loss == "auto" else table.loss,
+        checkpointing=table.activation_checkpointing,
+        sharding=table.sharding,
     )
     if asked is not None and (seqs // ranks) % asked:
         raise SpecError(
@@ -42,6 +45,10 @@ def plan_placement(given: Given, rung: Rung, size: Size, training: Training) -> 
             n_processes=ranks,
             precision=training.precision,
             loss_path=path,
+            accumulates=microbatch < seqs // ranks,
+            compiled=table.compile != "off" and given.box.has_compiler,
+            checkpointing=table.activation_checkpointing,
+            sharding=table.sharding,
         )
         for name in both
     )
@@ -57,7 +64,37 @@ def plan_placement(given: Given, rung: Rung, size: Size, training: Training) -> 
         memory=estimates,
         vram_bytes={e.optimizer: e.total_bytes for e in estimates},
         fits=fits,
+        peak_vram_bytes=_measured_peak(given, size, training, ranks, microbatch),
     )
+
+
+def _check_sharding(given: Given, name: str, ranks: int) -> None:
+    sharding, optimizer = given.ladder.train.sharding, given.ladder.optim.name
+    if sharding != "none" and ranks == 1:
+        given.warn(f'rung {name}: train.sharding = "{sharding}" shares nothing on one rank; it trains whole')
+    elif sharding != "none" and optimizer == "adamw8bit":
+        raise SpecError(
+            f'rung {name}: train.sharding = "{sharding}" would cut the blocks of 8-bit optimizer states; set [optim] '
+            'name = "adamw", or sharding = "none"'
+        )
+
+
+def _measured_peak(given: Given, size: Size, training: Training, ranks: int, microbatch: int) -> int | None:
+    """The highest that finished rows recorded with this placement."""
+    table = given.ladder.train
+    ours = {
+        "shape": size.shape,
+        "n_vocab": given.n_vocab,
+        "device": given.box.device,
+        "n_processes": ranks,
+        "precision": training.precision,
+        "microbatch_seqs": microbatch,
+        "optimizer": given.ladder.optim.name,
+        "activation_checkpointing": table.activation_checkpointing,
+        "sharding": table.sharding,
+    }
+    same = [m for m in given.measured if all(getattr(m, key) == value for key, value in ours.items())]
+    return max((m.peak_vram_bytes for m in same if m.peak_vram_bytes is not None), default=None)
 
 
 def _processes(given: Given, name: str, batch_seqs: int) -> int:

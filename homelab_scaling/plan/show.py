@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from homelab_scaling.plan.memory import CONTEXT_BYTES, RESERVE_FRAC
 from homelab_scaling.plan.parts import HorizonPlan, Plan, RungPlan
 from homelab_scaling.plan.rules import gap
 
@@ -238,16 +239,18 @@ def _row_cells(horizon: HorizonPlan) -> list[str]:
 def _cost(plan: Plan) -> "Table":
     card = plan.box.vram_bytes
     table = _table(
-        "Memory, time, money", "rung", "runs", "AdamW8bit", "AdamW", "card", "tokens/s", "time", "kWh", "USD"
-    )
+        "Memory in GiB, time, money", "rung", "runs", "AdamW8bit", "AdamW", "allocated", "card", "tokens/s", "time",
+        "kWh", "USD",
+    )  # fmt: skip
     for rung in plan.rungs:
         vram, bill = rung.placement.vram_bytes, rung.bill
         table.add_row(
             rung.name,
             str(bill.n_runs),
-            f"{vram['adamw8bit'] / 2**30:.2f} GiB",
-            f"{vram['adamw'] / 2**30:.2f} GiB",
-            "-" if card is None else f"{card / 2**30:.0f} GiB {'ok' if rung.placement.fits else 'NO'}",
+            f"{vram['adamw8bit'] / 2**30:.2f}",
+            f"{vram['adamw'] / 2**30:.2f}",
+            f"{rung.placement.memory[0].allocated_bytes / 2**30:.2f}",
+            "-" if card is None else f"{card / 2**30:.0f} {'ok' if rung.placement.fits else 'NO'}",
             "?" if bill.rate is None else number(bill.rate.tokens_per_s),
             duration(bill.seconds),
             energy(bill.kwh),
@@ -256,11 +259,29 @@ def _cost(plan: Plan) -> "Table":
     return table
 
 
+def memory_notes(plan: Plan) -> list[str]:
+    """What the memory columns hold, and how they did where rows have measured it."""
+    optimizer = plan.rungs[0].placement.memory[0].optimizer
+    notes = [
+        f"memory is that of a GPU: what torch allocates at its peak (shown for {optimizer}), "
+        f"{CONTEXT_BYTES / 2**30:.2f} GiB of CUDA context and {RESERVE_FRAC:.0%} that its allocator holds in reserve; "
+        "the latter two are assumed"
+    ]
+    for rung in plan.rungs:
+        seen, predicted = rung.placement.peak_vram_bytes, rung.placement.memory[0].allocated_bytes
+        if seen is not None:
+            notes.append(
+                f"{rung.name}: {seen / 2**30:.2f} GiB allocated at the peak of finished rows, predicted "
+                f"{predicted / 2**30:.2f} ({predicted / seen - 1:+.1%})"
+            )
+    return notes
+
+
 def _notes(plan: Plan) -> list[str]:
     """Grounds of the guesses, each once."""
     optimizer = plan.rungs[0].placement.memory[0].optimizer
     notes = measuring_notes(plan)
-    notes += [f"this ladder trains with {optimizer}; memory is per card, with 0.5 GB of CUDA context"]
+    notes += [f"this ladder trains with {optimizer}", *memory_notes(plan)]
     rates: dict[str, list[str]] = {}
     for rung in plan.rungs:
         if rung.bill.rate:

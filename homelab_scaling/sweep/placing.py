@@ -71,6 +71,8 @@ class Placer:
             precision=science.precision,
             card_bytes=self.box.vram_bytes,
             loss_path=None if execution.loss == "auto" else execution.loss,
+            checkpointing=execution.activation_checkpointing,
+            sharding=execution.sharding,
         )
 
     def rate(self, spec: RunSpec) -> Rate | None:

@@ -42,6 +42,8 @@ class Stepper:
         self.device: torch.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # a launch may train several runs
         self.halvings = first_halvings(self.science)
         self.split = split_step(self.science, self.execution, self.halvings)
         self.machine = describe_machine(self.device, self.world_size)

@@ -114,6 +114,7 @@ def test_every_row_fits_the_card_and_uses_both() -> None:
             n_processes=row.n_processes,
             precision="bf16",
             loss_path=memory.choose_loss_path(row.microbatch_seqs_per_rank * 1024, 2048, on_gpu=True),
+            accumulates=row.accumulation_steps > 1,
         )
         assert need.total_bytes <= memory.CARD_SHARE * (TWO_4080.vram_bytes or 0)
         assert row.n_processes == (2 if row.batch_seqs % 2 == 0 else 1)

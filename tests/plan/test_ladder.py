@@ -48,8 +48,8 @@ def _ladder(**changes: object) -> Ladder:
 # --------------------------------------------------------------------------------------------------- shipped ladders
 
 
-def test_all_five_ladders_ship() -> None:
-    rest = ["gpt2_5m_120m", "isoflop_5m_25m_100m", "quickstart", "wikitext_786k_4m_25m"]
+def test_all_six_ladders_ship() -> None:
+    rest = ["gpt2_350m_fsdp", "gpt2_5m_120m", "isoflop_5m_25m_100m", "quickstart", "wikitext_786k_4m_25m"]
     assert shipped_ladders() == ["batch_study_cpu", *rest]
 
 
@@ -128,7 +128,7 @@ def test_ladders_are_found_by_name_and_path(tmp_path: Path, monkeypatch: pytest.
     own = tmp_path / "quickstart"
     own.write_text("name = 'mine'", encoding="utf-8")
     assert find_ladder("quickstart") == Path("quickstart"), "a file that is there comes first"
-    with pytest.raises(SpecError, match="one of batch_study_cpu, gpt2_5m_120m"):
+    with pytest.raises(SpecError, match="one of batch_study_cpu, gpt2_350m_fsdp, gpt2_5m_120m"):
         find_ladder("elsewhere/quickstart")
 
 
