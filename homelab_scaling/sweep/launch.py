@@ -188,6 +188,16 @@ def ranks_of(folder: RunFolder) -> Iterator[tuple[int, int]]:
                 yield pid, _launcher_of(pid) or os.getsid(pid)
 
 
+def everyone_of(launcher: int) -> list[int]:
+    """Pids of all that a launch started and that is alive, ranks that no event names yet included."""
+    found = []
+    for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
+        with contextlib.suppress(OSError):
+            if _launcher_of(pid) == launcher and processes.is_alive(pid):
+                found.append(pid)
+    return found
+
+
 def _launcher_of(pid: int) -> int | None:
     for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
         name, _, value = entry.partition(b"=")

@@ -1,6 +1,8 @@
 """What a machine of a cluster does for one run: bring it here if need be, train it, say how it ended. Without ray."""
 
+import contextlib
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -13,7 +15,7 @@ from homelab_scaling.box import Box, describe_box, detect_box
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.sweep import launch as launching
-from homelab_scaling.sweep.depot import Sender, unpack
+from homelab_scaling.sweep.depot import SPEC, Sender, unpack
 from homelab_scaling.sweep.launch import Ended, Launch
 from homelab_scaling.sweep.recipe import GIVE_UP_S, see_to_watchdog
 from homelab_scaling.sweep.tether import tie
@@ -57,16 +59,21 @@ class NodeFacts:
     box: Box
     """With all its GPUs."""
     sees_lab: bool
+    """And shards that lie elsewhere."""
 
 
-def look_around(token: str) -> NodeFacts:
+def look_around(paths: list[str], gpus: bool) -> NodeFacts:
     """Facts of this machine.
 
     Args:
-        token: a file that was just made in the lab.
+        paths: a file that was just made in the lab, and shards that lie elsewhere.
+        gpus: whether the cluster trains on its GPUs.
     """
     return NodeFacts(
-        host=socket.gethostname(), version=__version__, box=describe_box(list_cards()), sees_lab=Path(token).exists()
+        host=socket.gethostname(),
+        version=__version__,
+        box=describe_box(list_cards() if gpus else []),
+        sees_lab=all(Path(path).exists() for path in paths),
     )
 
 
@@ -82,35 +89,54 @@ def train_here(order: Order, tell: Tell, run_files: Files, shard_files: Files) -
         shard_files: of the lab's shards.
     """
     host = socket.gethostname()
-    spec, folder = order.spec, RunFolder(Path(order.lab) / order.run)
-    if tell("stopping") or not _wait_for_lock(folder, tell):
-        return Ended(status="stopped", reason="not started", stopped_by="signal"), host
-    sender = None
-    if not order.shared:
-        spec, folder = _bring_here(order, run_files, shard_files)
-        sender = Sender(folder, tell, order.run)
+    folder = RunFolder((Path(order.lab) if order.shared else _own_place(order)) / order.run)
+    if (why := _wait_until_free(order, folder, tell)) is not None:
+        return why, host
+    if order.shared:
+        return _train(order, order.spec, folder, tell, None), host
+    holder = f"{host}-{os.getpid()}-{time.time_ns()}"
+    tell("take", order.run, holder)
+    spec = _bring_here(order, folder, run_files, shard_files)
+    ended = _train(order, spec, folder, tell, Sender(folder, tell, order.run, holder))
+    shutil.rmtree(folder.path, ignore_errors=True)  # the lab has it all
+    return ended, host
+
+
+def _train(order: Order, spec: RunSpec, folder: RunFolder, tell: Tell, sender: Sender | None) -> Ended:
+    """Launches until it is over."""
     record = folder.read_record()
     if record is not None and record.status in ("finished", "diverged"):  # by a launch whose machine died right after
-        return Ended(status=record.status, reason=record.reason), host
+        return Ended(status=record.status, reason=record.reason)
     box = replace(detect_box(), n_cores=order.n_cores)
+    spec = keep_smaller(_with_share(spec, box), folder)
     tries = 0
     while True:
         codec.write_json(folder.spec, spec)
+        if sender is not None:
+            sender.tell("put", SPEC, codec.dumps(replace(spec, shards=order.spec.shards)).encode())
         launch = _launch(spec, folder, box)
         try:
             ended = _wait_for(launch, tell, sender, order.send_every_s)
-        finally:
-            if sender is not None:
-                sender.send()
+        except BaseException:
+            _end(launch)  # the process of a task that fails lives on, and would leave a trainer to nobody
+            raise
+        if sender is not None:
+            sender.send()
         if ended.stopped_by == "memory":
             smaller = keep_smaller(spec, folder)
             if smaller == spec:
-                return Ended(status="failed", reason=ended.reason, final=True), host
+                return Ended(status="failed", reason=ended.reason, final=True)
             spec = smaller
         elif ended.status == "failed" and not ended.final and not tries and not tell("stopping"):
             tries += 1
         else:
-            return ended, host
+            return ended
+
+
+def _with_share(spec: RunSpec, box: Box) -> RunSpec:
+    """Which part of this machine the run is billed for."""
+    share = box.n_gpus / len(list_cards()) if box.on_gpu else box.n_cores / len(os.sched_getaffinity(0))
+    return replace(spec, execution=replace(spec.execution, machine_frac=min(1.0, share)))
 
 
 def _launch(spec: RunSpec, folder: RunFolder, box: Box) -> Launch:
@@ -119,6 +145,7 @@ def _launch(spec: RunSpec, folder: RunFolder, box: Box) -> Launch:
     if box.on_gpu:
         machine = labs / f"machine-{socket.gethostname()}"  # a lab that several machines share has one for each
         os.environ[link.MACHINE_VARIABLE] = more[link.MACHINE_VARIABLE] = str(machine)
+        more["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # Ray counts cards as nvidia-smi does, CUDA by speed unless told
         see_to_watchdog(labs, spec.watch, on_gpu=True, say=print)
     launch = launching.start(spec, folder, box, more=more, output=folder.path / OUTPUT)
     tie(launch, os.getpid())
@@ -140,27 +167,43 @@ def _wait_for(launch: Launch, tell: Tell, sender: Sender | None, send_every_s: f
     return ended
 
 
-def _wait_for_lock(folder: RunFolder, tell: Tell) -> bool:
-    """Whether the run is free; False after a request to stop."""
+def _end(launch: Launch) -> None:
+    launch.ask_to_stop()
+    with contextlib.suppress(Exception):  # the first error is the one to be told
+        while launch.poll() is None:
+            time.sleep(POLL_S)
+
+
+def _wait_until_free(order: Order, folder: RunFolder, tell: Tell) -> Ended | None:
+    """None as soon as nobody trains the run, here or in the lab; else why it is not begun."""
     deadline = time.monotonic() + 2 * GIVE_UP_S
-    while launching.is_locked(folder) and time.monotonic() < deadline:
+    while True:
         if tell("stopping"):
-            return False
+            return Ended(status="stopped", reason="not started", stopped_by="signal")
+        if not launching.is_locked(folder) and not tell("held", order.run):
+            return None
+        if time.monotonic() > deadline:
+            reason = f"another trainer has had {order.run} for {2 * GIVE_UP_S:.0f} s; stop it, or wait for it"
+            return Ended(status="failed", reason=reason, final=True)
         time.sleep(ASK_EVERY_S)
-    return True  # if it is held still, the trainer says by whom
 
 
-def _bring_here(order: Order, run_files: Files, shard_files: Files) -> tuple[RunSpec, RunFolder]:
+def _own_place(order: Order) -> Path:
+    """What stands for LAB/<ladder> on this machine's own disk."""
+    return Path(tempfile.gettempdir()) / f"homelab-{os.getuid()}-{codec.stable_hash(order.lab, 8)}" / order.ladder
+
+
+def _bring_here(order: Order, folder: RunFolder, run_files: Files, shard_files: Files) -> RunSpec:
     """The run's folder and its shards on this machine's own disk, as the lab has them."""
-    here = Path(tempfile.gettempdir()) / f"homelab-{os.getuid()}-{codec.stable_hash(order.lab, 8)}" / order.ladder
-    folder = RunFolder(here / order.run)
     unpack(run_files(), folder.path)
     science = order.spec.science
     name = codec.stable_hash([science.tokenizer_hash, science.train_fingerprint, science.val_fingerprint], 12)
-    shards = here / "shards" / name
+    shards = _own_place(order) / "shards" / name
     if not (shards / "manifest.json").exists():
         arriving = shards.with_name(f".{name}-{os.getpid()}")
         unpack(shard_files(), arriving)
-        if not shards.exists():  # two runs may have brought it at once
+        try:
             arriving.rename(shards)
-    return replace(order.spec, shards=str(shards)), folder
+        except OSError:  # two runs have brought it at once
+            shutil.rmtree(arriving, ignore_errors=True)
+    return replace(order.spec, shards=str(shards))

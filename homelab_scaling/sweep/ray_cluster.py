@@ -5,7 +5,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.errors import MachineError
 from homelab_scaling.ladder import TrainTable
 from homelab_scaling.sweep.node import NodeFacts, look_around
+from homelab_scaling.sweep.prepare import Experiment
 
 Folders = Literal["auto", "shared", "sent"]
 Say = Callable[[str], None]
@@ -50,9 +51,11 @@ def connected(address: str) -> Iterator[Any]:
         raise MachineError("--engine ray: ray is not installed; pip install 'homelab_scaling[cluster]'") from None
     remedy = "start one with `ray start --head`, or name the right HOST:PORT with --address"
     if address != "auto":
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if not host or not port.isdecimal():
-            raise MachineError(f"--address {address}: wants HOST:PORT of a Ray cluster's head, or auto")
+        host, _, port = address.rpartition(":")
+        if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise MachineError(
+                f"--address {address}: wants HOST:PORT of a Ray cluster's head, or auto, on a machine of that cluster"
+            )
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         except OSError as error:
@@ -69,50 +72,66 @@ def connected(address: str) -> Iterator[Any]:
             ray.shutdown()
 
 
-def survey(ray: Any, lab: Path, folders: Folders, train: TrainTable) -> Cluster:
+def survey(ray: Any, experiment: Experiment, folders: Folders) -> Cluster:
     """What the cluster has, after asking each of its machines.
-
-    Args:
-        lab: LAB/<ladder>.
 
     Raises:
         MachineError: a machine lacks this package, has another version of it, does not answer, or does not see a lab
-            that is to be shared.
+            or shards that are to be shared.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     gpus = any(node["Resources"].get("GPU", 0) for node in alive)
-    kind = "GPU" if gpus else "CPU"
-    able = [node for node in alive if node["Resources"].get(kind, 0) >= 1]
+    n_gpus = experiment.ladder.train.processes or 1
+    able = [node for node in alive if can_take(node, {"CPU": 1, "GPU": n_gpus} if gpus else {"CPU": 1})]
     if not able:
-        raise MachineError(f"this Ray cluster of {len(alive)} machines has no CPU or GPU to give; add a node to it")
-    lab.mkdir(parents=True, exist_ok=True)
-    token = lab / f".seen-{time.time_ns()}"
-    token.touch()
-    try:
+        what = f" and {n_gpus} GPU{'s' * (n_gpus > 1)}" if gpus else ""
+        raise MachineError(f"none of the {len(alive)} machines of this Ray cluster has a CPU{what} to give; add one")
+    with _made(experiment.lab) as token:
+        # Shards of the lab's own lie in it; others may be anywhere.
+        paths = [str(token), *([str(experiment.shards)] if experiment.ladder.data.shards is not None else [])]
         look = ray.remote(num_cpus=0, max_retries=0)(look_around)
         asked = {
             node["NodeID"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(token))
+            ).remote(paths, gpus)
             for node in able
         }
         facts = tuple(_answer(ray, node, asked[node["NodeID"]]) for node in able)
-    finally:
-        token.unlink(missing_ok=True)
     blind = sorted({fact.host for fact in facts if not fact.sees_lab})
     if folders == "shared" and blind:
         raise MachineError(
-            f"{', '.join(blind)} does not see {lab}; put the lab on a file system that all machines mount, or use "
-            "--folders sent"
+            f"{', '.join(blind)} does not see {' or '.join([str(experiment.lab), *paths[1:]])}; put it on a file "
+            "system that all machines mount, or use --folders sent"
         )
     return Cluster(
         nodes=facts,
-        box=_least(facts, gpus, train),
+        box=_least(facts, gpus, experiment.ladder.train),
         n_cpus=1.0 if gpus else min(node["Resources"]["CPU"] for node in able),
         shared=folders != "sent" and not blind,
     )
+
+
+def can_take(node: dict[str, Any], wants: Mapping[str, float]) -> bool:
+    """Whether one of `ray.nodes()` lives and has so much of each resource, free or not."""
+    return bool(node["Alive"]) and all(node["Resources"].get(kind, 0) >= n for kind, n in wants.items())
+
+
+@contextlib.contextmanager
+def _made(lab: Path) -> Iterator[Path]:
+    """A file in the lab, for as long as machines look for it; a lab that was not there before goes with it."""
+    made = [folder for folder in (lab, *lab.parents) if not folder.exists()]
+    lab.mkdir(parents=True, exist_ok=True)
+    token = lab / f".seen-{time.time_ns()}"
+    token.touch()
+    try:
+        yield token
+    finally:
+        token.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: somebody else has begun there
+            for folder in made:
+                folder.rmdir()
 
 
 def _answer(ray: Any, node: dict[str, Any], asked: Any) -> NodeFacts:
@@ -134,8 +153,10 @@ def _answer(ray: Any, node: dict[str, Any], asked: Any) -> NodeFacts:
 def _least(facts: Sequence[NodeFacts], gpus: bool, train: TrainTable) -> Box:
     """A box that every machine can stand in for: one GPU of the smallest, unless the ladder asks for more."""
     boxes = [fact.box for fact in facts if fact.box.on_gpu == gpus]
-    if not boxes:
-        raise MachineError("Ray counts GPUs on this cluster, but no driver lists one; run `homelab doctor` there")
+    if len(boxes) < len(facts):
+        raise MachineError(
+            "Ray counts GPUs on this cluster, but a machine's driver lists none; run `homelab doctor` there"
+        )
     least = min(boxes, key=lambda box: box.vram_bytes or 0)
     n_gpus = 0 if not gpus else 1 if train.processes is None else min(box.n_gpus for box in boxes)
     shares = 1 if not gpus else max(1, min(box.n_gpus for box in boxes) // max(1, n_gpus))

@@ -13,7 +13,7 @@ from typing import Any
 
 from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.parts import Plan
-from homelab_scaling.sweep.depot import Depot
+from homelab_scaling.sweep.depot import Depot, pieces_of
 from homelab_scaling.sweep.launch import Ended
 from homelab_scaling.sweep.limits import Limits, refuse_unknown_money
 from homelab_scaling.sweep.local import Outcome, Run
@@ -21,7 +21,7 @@ from homelab_scaling.sweep.node import Order, train_here
 from homelab_scaling.sweep.placing import flops_of
 from homelab_scaling.sweep.prepare import Experiment
 from homelab_scaling.sweep.purse import Purse
-from homelab_scaling.sweep.ray_cluster import Cluster, Folders, Say, survey, words
+from homelab_scaling.sweep.ray_cluster import Cluster, Folders, Say, can_take, survey, words
 from homelab_scaling.sweep.recipe import StopRequest
 from homelab_scaling.sweep.room import need_of_run, needs_of_plan, refuse_what_fits_no_card
 from homelab_scaling.watch import link
@@ -42,7 +42,7 @@ class RayEngine:
 
     def __init__(self, ray: Any, experiment: Experiment, folders: Folders, limits: Limits, say: Say) -> None:
         self.ray, self.limits, self.say = ray, limits, say
-        self.cluster = survey(ray, experiment.lab, folders, experiment.ladder.train)
+        self.cluster = survey(ray, experiment, folders)
         self.own_box = experiment.box
         self.experiment = replace(experiment, box=self.cluster.box)
         say(words(self.cluster))
@@ -87,18 +87,18 @@ class RayEngine:
         return outcome.then(tasks.outcome)
 
 
-def _train_on_node(order: Order, depot: Any, shards: list[tuple[str, bytes]] | None) -> tuple[Ended, str]:
-    """The body of a task."""
+def _train_on_node(order: Order, depot: Any, shards: list[tuple[str, Any]]) -> tuple[Ended, str]:
+    """The body of a task; each piece of a shard is fetched when it is wanted."""
     import ray
 
-    def tell(method: str, *arguments: object) -> object:
-        return ray.get(getattr(depot, method).remote(*arguments))
+    def tell(method: str, *arguments: object, **more: object) -> object:
+        return ray.get(getattr(depot, method).remote(*arguments, **more))
 
     def run_files() -> Iterator[tuple[str, bytes]]:
         for ref in depot.contents.options(num_returns="streaming").remote(order.run):
             yield ray.get(ref)
 
-    return train_here(order, tell, run_files, lambda: iter(shards or ()))
+    return train_here(order, tell, run_files, lambda: ((name, ray.get(ref)) for name, ref in shards))
 
 
 def _start_depot(ray: Any, lab: Path) -> Any:
@@ -107,12 +107,6 @@ def _start_depot(ray: Any, lab: Path) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(Depot).options(scheduling_strategy=here, max_concurrency=1).remote(str(lab))
-
-
-def _files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            yield path.name, path.read_bytes()
 
 
 class _Tasks:
@@ -126,7 +120,8 @@ class _Tasks:
         self.ray, self.cluster, self.lab, self.limits, self.say = ray, cluster, lab, limits, say
         self.purse = Purse(lab, lab.parent) if limits.max_usd is not None else None
         self.depot = _start_depot(ray, lab)
-        self.kind = "GPU" if cluster.box.on_gpu else "CPU"
+        self.wants: dict[str, float] = {}
+        """Of Ray's resources, at the most that one of the runs does."""
         self.by_ref: dict[Any, str] = {}
         self.n_given = 0
         self.outcome = Outcome(finished=(), failed={}, stopped=False)
@@ -134,7 +129,8 @@ class _Tasks:
 
     def give(self, runs: Sequence[Run], shards: Path) -> None:
         """Tasks in this order, each with the GPUs or the CPU of one machine that it wants."""
-        files = None if self.cluster.shared else self.ray.put(list(_files_of(shards)))
+        pieces = () if self.cluster.shared else pieces_of(shards)
+        files = [(name, self.ray.put(piece)) for name, piece in pieces]
         remote = self.ray.remote(max_retries=TRIES)(_train_on_node)
         for spec, folder in runs:
             order = Order(
@@ -146,6 +142,7 @@ class _Tasks:
                 n_cores=self.cluster.box.n_cores,
             )
             n_gpus = spec.execution.n_processes if self.cluster.box.on_gpu else 0
+            self.wants = {"CPU": self.cluster.n_cpus, **({"GPU": n_gpus} if n_gpus else {})}
             demand = {"name": spec.run_id, "num_cpus": self.cluster.n_cpus, "num_gpus": n_gpus}
             self.by_ref[remote.options(**demand).remote(order, self.depot, files)] = spec.run_id
         self.n_given = len(self.by_ref)
@@ -157,10 +154,11 @@ class _Tasks:
             for ref in self.ray.wait(list(self.by_ref), timeout=WAIT_S)[0]:
                 self._take_in(ref, self.by_ref.pop(ref))
             self._heed(stop)
-            if self.ray.cluster_resources().get(self.kind, 0) >= 1:
+            if any(can_take(node, self.wants) for node in self.ray.nodes()):
                 able_s = time.monotonic()
             elif time.monotonic() - able_s > LONELY_S:
-                self._end(stopped=True, limit=f"no machine of the cluster has had a {self.kind} for {LONELY_S:.0f} s")
+                wanted = " and ".join(f"{n:g} {kind}" for kind, n in self.wants.items())
+                self._end(stopped=True, limit=f"no machine of the cluster has had {wanted} for {LONELY_S:.0f} s")
                 self._cancel()
                 return
 
