@@ -115,6 +115,7 @@ def _train(args: Args, batches: "Batches", limits: "Limits", engine: "Engine") -
     """Measures and trains, group of rungs by group; a stop while measuring ends it as a stop while training does."""
     from homelab_scaling.sweep import local
     from homelab_scaling.sweep.bracket import ensure_rates
+    from homelab_scaling.sweep.limits import alarmed
     from homelab_scaling.sweep.prepare import write_specs
 
     experiment, corpus = batches.experiment, batches.corpus
@@ -122,15 +123,16 @@ def _train(args: Args, batches: "Batches", limits: "Limits", engine: "Engine") -
     change = _change(args, experiment)
     outcome = local.Outcome(finished=(), failed={}, stopped=False)
     try:
-        for rungs in batches.in_turn(_say):
-            tuning = ensure_rates(experiment, corpus, engine.run_all, _say, rungs=rungs, change=change)
-            if tuning is not None:  # the rates of larger rungs would be the wrong ones
-                outcome = outcome.then(tuning)
-                break
-            ended = engine.run_all(write_specs(batches.planned(), experiment, change, rungs))
-            outcome = outcome.then(ended)
-            if outcome.stopped:
-                break
+        with alarmed(limits):
+            for rungs in batches.in_turn(_say):
+                tuning = ensure_rates(experiment, corpus, engine.run_all, _say, rungs=rungs, change=change)
+                if tuning is not None:  # the rates of larger rungs would be the wrong ones
+                    outcome = outcome.then(tuning)
+                    break
+                ended = engine.run_all(write_specs(batches.planned(), experiment, change, rungs))
+                outcome = outcome.then(ended)
+                if outcome.stopped:
+                    break
     except Stopped:
         outcome = replace(outcome, stopped=True, limit=limits.reached(time.time(), None))
     except StoppedByWatchdog as error:

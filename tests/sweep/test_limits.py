@@ -3,14 +3,18 @@
 import datetime
 import signal
 import time
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homelab_scaling.errors import SpecError, Stopped
+from homelab_scaling.ladder import TrainTable
 from homelab_scaling.sweep.limits import Limits, alarmed, make_limits, next_time
 from homelab_scaling.sweep.recipe import StopRequest
+from homelab_scaling.tools import run
 
 NOON = datetime.datetime(2026, 11, 22, 12, 0, 0).timestamp()
 
@@ -56,3 +60,16 @@ def test_the_end_is_heard_outside_of_training() -> None:
         assert stop.time_is_up and not stop.asked()
     with alarmed(Limits()):
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_end_is_heard_between_runs_where_batches_are_measured() -> None:
+    class Batches:
+        experiment, corpus = SimpleNamespace(ladder=SimpleNamespace(train=TrainTable())), object()
+
+        def in_turn(self, _say: object) -> Iterator[set[str]]:
+            time.sleep(5)
+            yield set()
+
+    args, limits = run.Args(ladder="any"), Limits(ends_at_s=time.time() + 0.1)
+    outcome = run._train(args, Batches(), limits, object())  # type: ignore[arg-type]
+    assert outcome.stopped and outcome.limit is not None and outcome.exit_code == 75
