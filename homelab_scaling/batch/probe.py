@@ -22,6 +22,7 @@ from homelab_scaling.errors import SpecError
 from homelab_scaling.plan.cost import predict_rate
 from homelab_scaling.plan.counting import flops_per_token
 from homelab_scaling.plan.noise import MIN_MEASUREMENTS as MIN_WINDOW_STEPS
+from homelab_scaling.plan.noise import SHARDED
 from homelab_scaling.runs import Machine, RunFolder
 from homelab_scaling.specs import RunSpec, make_run_id
 from homelab_scaling.train.noise_windows import Window
@@ -128,12 +129,15 @@ def plan_probe(
         box: the machine, to foretell what the smaller micro-batches cost; None leaves that out of the seconds.
 
     Raises:
-        SpecError: the burn-in is too short to measure anything but untrained weights, or the batch cannot be cut.
+        SpecError: the burn-in is too short to measure anything but untrained weights, the batch cannot be cut, or the
+            parameters are sharded.
     """
     science, batch = replace(spec.science, batch_warmup=None), spec.science.batch_tokens_global
     horizon = science.horizons_tokens[-1]
     if not 0 < burn_in_frac <= 1:
         raise SpecError(f"burn-in of {burn_in_frac:g} of the horizon, wants more than 0 and at most 1")
+    if spec.execution.sharding != "none" and spec.execution.n_processes > 1:
+        raise SpecError(f"rung {spec.rung}: {SHARDED}, or write batch.tokens into the ladder")
     micro = microbatch_seqs or _microbatch(spec)
     execution = replace(
         spec.execution,

@@ -85,6 +85,14 @@ def test_the_plan_states_windows_precision_and_cost(toy: Callable[..., tuple[Run
     assert long.windows[-1].every > 1 and len(long.windows[-1].steps) <= 128
 
 
+def test_sharded_parameters_are_refused_before_anything_is_launched(toy: Callable[..., tuple[RunSpec, Path]]) -> None:
+    spec, _ = toy(horizons=(200,))
+    alone = replace(spec, execution=replace(spec.execution, sharding="full"))
+    assert plan_probe(alone, burn_in_frac=0.4).k == 8, "one rank holds all parameters, whatever it is called"
+    with pytest.raises(SpecError, match=r"found sharded parameters \(FSDP\), wants whole ones"):
+        plan_probe(replace(alone, execution=replace(alone.execution, n_processes=2)), burn_in_frac=0.4)
+
+
 def test_a_probe_measures_at_three_losses_and_is_not_repeated(toy: Callable[..., tuple[RunSpec, Path]]) -> None:
     spec, lab = toy()
     plan = plan_probe(spec, burn_in_frac=0.25)
