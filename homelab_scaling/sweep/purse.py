@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+from homelab_scaling.runs import RUNS_FOLDERS
 from homelab_scaling.watch import link
 from homelab_scaling.watch.energy import read_wall_model
-from homelab_scaling.watch.view import LadderEye
+from homelab_scaling.watch.feed import FolderFeed
+from homelab_scaling.watch.runview import RunEye
 
 LOOK_EVERY_S = 10.0
 
 
 class Purse:
-    """Adds up energy and machine time over every run of LAB/<ladder>.
+    """Adds up energy and machine time over every run of LAB/<ladder>, trials of learning rates included.
 
     Args:
         lab: LAB/<ladder>.
@@ -18,16 +20,18 @@ class Purse:
     """
 
     def __init__(self, lab: Path, labs: Path) -> None:
-        self.labs = labs
-        self._eye = LadderEye(lab)
+        self.lab, self.labs = lab, labs
+        self._eyes: dict[Path, RunEye] = {}
         self._looked_s, self._usd = float("-inf"), 0.0
 
     def spent(self, now_s: float) -> float:
         """Dollars so far; looks at the files at most every ten seconds."""
         if now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
-            self._eye.list()
-            self._eye.look(now_s)
+            here = [path for name in RUNS_FOLDERS for path in sorted((self.lab / name).glob("*")) if path.is_dir()]
+            self._eyes = {path: self._eyes.get(path) or RunEye(FolderFeed(path)) for path in here}
+            for run in self._eyes.values():
+                run.look(now_s)
             wall = read_wall_model(link.machine_folder(self.labs))
-            self._usd = sum(run.cost(wall).usd or 0.0 for run in self._eye.runs if run.state != "queued")
+            self._usd = sum(run.cost(wall).usd or 0.0 for run in self._eyes.values() if run.state != "queued")
         return self._usd
