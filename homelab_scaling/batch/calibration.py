@@ -60,8 +60,8 @@ def calibration_from_branch(result: BranchResult, b_simple: Estimate | None, run
     """
     bound = result.at_least_tokens or result.at_most_tokens
     if result.b_crit is None and result.at_least_tokens is None and bound and b_simple and bound > b_simple.value:
-        why = f"B_crit is at most {bound:,.0f} tokens, which {b_simple.value:,.0f} of B_simple is within"
-        return Calibration(sentence=f"the branch test on {rung} does not calibrate: {why}; {UNCALIBRATED}")
+        within = f"B_crit is at most {bound:,.0f} tokens, which {b_simple.value:,.0f} of B_simple is within"
+        return Calibration(sentence=f"the branch test on {rung} does not calibrate: {within}; {UNCALIBRATED}")
     b_crit = result.b_crit.value if result.b_crit is not None else bound
     if b_crit is None or b_simple is None:
         why = result.why_no_number if b_crit is None else "the noise scale there is not known"
