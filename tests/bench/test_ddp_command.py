@@ -184,6 +184,19 @@ def test_two_cards_are_measured_with_and_without_peer_to_peer_and_the_page_fits_
     codec.from_plain(json.loads(codec.dumps(found)), DdpMeasurement, "json")
 
 
+def test_a_switch_that_breaks_the_ranks_does_not_cost_what_was_measured(tmp_path: Path) -> None:
+    class Broken(PlayedCards):
+        def __call__(self, job: ProbeJob) -> ProbeAnswer:
+            if not job.rungs:
+                raise RunFailed("the timing ranks left no answer")
+            return super().__call__(job)
+
+    setting, said = ddp.open_setting("gpt2_5m_120m", tmp_path, box_with("RTX 4080", 2), 2), list[str]()
+    found = ddp.measure(setting, labs=tmp_path, rungs=("5m",), say=said.append, launch=Broken())
+    assert read_ddp(tmp_path) == found and found.rungs and found.other_sweep is None
+    assert "left no answer" in said[-1]
+
+
 def test_rungs_measured_earlier_by_the_same_means_are_kept(tmp_path: Path) -> None:
     setting, cards = ddp.open_setting("gpt2_5m_120m", tmp_path, box_with("RTX 4080", 2), 2), PlayedCards()
     for rung in ("5m", "124m", "5m"):
