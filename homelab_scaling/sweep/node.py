@@ -153,14 +153,15 @@ def _launch(spec: RunSpec, folder: RunFolder, box: Box) -> Launch:
 
 
 def _wait_for(launch: Launch, tell: Tell, sender: Sender | None, send_every_s: float) -> Ended:
-    asked_s = sent_s = time.monotonic()
+    asked_s = sent_s = began_s = time.monotonic()
     while (ended := launch.poll()) is None:
         now = time.monotonic()
         if now - asked_s >= ASK_EVERY_S:
             asked_s = now
             if tell("stopping"):
                 launch.ask_to_stop()
-        if sender is not None and now - sent_s >= send_every_s:
+        # Often at first, so that the lab soon shows that the run is under way.
+        if sender is not None and now - sent_s >= min(send_every_s, max(1.0, sent_s - began_s)):
             sender.send()
             sent_s = time.monotonic()
         time.sleep(POLL_S)

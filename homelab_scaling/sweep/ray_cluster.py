@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import socket
 import sys
 import time
@@ -57,7 +58,7 @@ def connected(address: str) -> Iterator[Any]:
                 f"--address {address}: wants HOST:PORT of a Ray cluster's head, or auto, on a machine of that cluster"
             )
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+            _greet(host, int(port))
         except OSError as error:
             raise MachineError(f"--address {address}: no Ray cluster answers there ({error}); {remedy}") from None
     with contextlib.redirect_stdout(sys.stderr):
@@ -70,6 +71,24 @@ def connected(address: str) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _greet(host: str, port: int) -> None:
+    """Makes sure that something like a head listens there: ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does, or not in HTTP/2, which a head speaks.
+    """
+    preface, settings = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    with socket.create_connection((host, port), timeout=CONNECT_S) as talk:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        talk.sendall(preface + settings)
+        answer = b""
+        while len(answer) < 4 and (more := talk.recv(64)):
+            answer += more
+    if answer[3:4] != settings[3:4]:
+        raise OSError("something else listens there")
 
 
 def survey(ray: Any, experiment: Experiment, folders: Folders) -> Cluster:

@@ -6,6 +6,7 @@ What runs is the whole command as its user gives it, against `ray.cluster_utils`
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ full_tokens = 512
 curve_tokens = 128
 [train]
 compile = "off"
-checkpoint_every_steps = 50
+checkpoint_every_steps = 200
 """
 HOMELAB = [sys.executable, "-m", "homelab_scaling"]
 
@@ -122,7 +123,7 @@ def wait_until(true: Any, seconds: float = 120) -> None:
 
 
 BOTH = pytest.mark.parametrize("folders", ["shared", "sent"])
-TOKENS = "12800, 38400"
+TOKENS = "12800, 128000"
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def assert_nothing_is_twice(lab: Path) -> None:
     for folder in run_folders(lab / "tiny"):
         n = steps_of(folder)
         assert n == sorted(set(n)), "an update is there twice"
-        assert [row.n_tokens for row in folder.read_record().rows] == [12800, 38400]  # type: ignore[union-attr]
+        assert [row.n_tokens for row in folder.read_record().rows] == [12800, 128000]  # type: ignore[union-attr]
         assert folder.read_spec().shards == "../../shards", "a machine's own path is of no use in the lab"
         assert not list(folder.checkpoints.glob(".*"))
 
@@ -197,7 +198,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_no_trainer(crowd: Crowd, tmp_path: Path) -> None:
-    ladder, lab = write_ladder(tmp_path, "384000"), tmp_path / "lab"
+    ladder, lab = write_ladder(tmp_path, "1280000"), tmp_path / "lab"
     process = begin(ladder, lab, "--engine", "ray", "--address", crowd.cluster.address)
     wait_for_trainers(process, lab)
     pids = [pid for folder in run_folders(lab / "tiny") for pid, _ in ranks_of(folder)]
@@ -221,4 +222,18 @@ def test_an_address_that_does_not_answer_is_one_sentence(ladder: Path, tmp_path:
     pytest.importorskip("ray")
     _, err = end(begin(ladder, tmp_path / "lab", "--engine", "ray", "--address", address), code=2)
     assert said in err and "Traceback" not in err
+    assert not (tmp_path / "lab").exists()
+
+
+@pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
+def test_somebody_else_at_the_address_is_one_sentence(ladder: Path, tmp_path: Path, reply: bytes) -> None:
+    """Ray would try for minutes to make a head of it."""
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process = begin(ladder, tmp_path / "lab", "--engine", "ray", "--address", address)
+        with server.accept()[0] as talk:
+            talk.sendall(reply)
+            _, err = end(process, code=2)
+    assert "no Ray cluster answers there" in err and "Traceback" not in err
     assert not (tmp_path / "lab").exists()
