@@ -264,11 +264,13 @@ def test_warm_up_windows_follow_one_another_and_then_thin_out() -> None:
 
 
 @pytest.mark.slow
-def test_two_launched_ranks_write_the_lines_of_one(make_run) -> None:
+@pytest.mark.parametrize("microbatch", [2, 4])
+def test_two_launched_ranks_write_the_lines_of_one(make_run, microbatch: int) -> None:
+    """At 4 an update is one pass of each rank, so that DDP takes its graph for static."""
     settings = {"horizons": (32,), "noise_every_steps": 1, "log_every_steps": 8, "curve_every_tokens": None}
-    spec, alone = make_run(lab="one", microbatch_seqs_per_rank=2, **settings)
+    spec, alone = make_run(lab="one", microbatch_seqs_per_rank=microbatch, **settings)
     train_here(spec, alone)
-    spec, folder = make_run(lab="two", microbatch_seqs_per_rank=2, n_processes=2, **settings)
+    spec, folder = make_run(lab="two", microbatch_seqs_per_rank=microbatch, n_processes=2, **settings)
     train_on_ranks(folder, 2)
     one, two = noise_of(alone), noise_of(folder)
     assert len(one) == len(two) >= 2
