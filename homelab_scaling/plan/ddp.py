@@ -78,11 +78,6 @@ class DdpStep:
         return self.compute_s / self.seconds
 
 
-def compute_seconds(n_params: int, n_tokens: int, flops_per_s: float, floor_s: float = 0.0) -> float:
-    """Seconds of forward and backward at 6 FLOPs a parameter and token, not less than what launching kernels takes."""
-    return max(6.0 * n_params * n_tokens / flops_per_s, floor_s)
-
-
 def ring_bytes(n_bytes: float, n_ranks: int) -> float:
     """What passes each rank's link, one way, in an all-reduce of `n_bytes`."""
     return n_bytes * 2 * (n_ranks - 1) / n_ranks

@@ -23,17 +23,6 @@ WELL = 0.9
 """The efficiency from which DDP is nearly as good as independent runs."""
 
 
-def ddp_efficiency(measurement: DdpMeasurement | None, rung: RungPlan, n_ranks: int, *, box: Box) -> tuple[float, str]:
-    """Strong-scaling efficiency of a rung's own batch over `n_ranks`, and what it stands on.
-
-    A run that takes T on one card takes T / (n_ranks * efficiency) over all of them.
-    """
-    if n_ranks == 1:
-        return 1.0, "one rank exchanges nothing"
-    one, many, basis = step_seconds(measurement, rung, n_ranks, box=box)
-    return one / (n_ranks * many), basis
-
-
 def step_seconds(
     measurement: DdpMeasurement | None,
     rung: RungPlan,

@@ -50,7 +50,6 @@ class Task:
     tries: int = 0
     """Launches that failed."""
     was_spread: bool = False
-    n_launches: int = 0
 
     @property
     def left_frac(self) -> float:
@@ -358,7 +357,6 @@ class Driver:
         all_of_them = not self.placer.box.on_gpu or len(slots) == len(self.slots)
         more = {} if all_of_them else environment_of(slots)
         started = launching.start(spec, task.folder, share, more=more, output=output)
-        task.n_launches += 1
         self.state.waiting.remove(task)
         relay = Relay(output, spec.run_id, self.say) if output is not None else None
         self.state.running.append(Running(task=task, slots=slots, launch=started, relay=relay))

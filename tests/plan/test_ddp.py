@@ -22,13 +22,12 @@ from homelab_scaling.plan.ddp import (
     best_mix,
     buckets_of,
     choose_bucket_mib,
-    compute_seconds,
     ddp_step,
     gradients_in_order,
     least_tokens,
     packed,
 )
-from homelab_scaling.plan.ddp_advice import advise_ladder, ddp_efficiency, pays_from
+from homelab_scaling.plan.ddp_advice import advise_ladder, pays_from, step_seconds
 from homelab_scaling.plan.ddp_judge import judge
 from homelab_scaling.plan.ddp_times import (
     DdpMeasurement,
@@ -41,7 +40,7 @@ from homelab_scaling.plan.ddp_times import (
     write_ddp,
 )
 from homelab_scaling.plan.ladder import plan_ladder, read_ladder
-from homelab_scaling.plan.parts import Plan
+from homelab_scaling.plan.parts import Plan, RungPlan
 from homelab_scaling.specs import ModelShape
 
 GPT2_VOCAB = 50_257
@@ -53,6 +52,17 @@ SHAPES = {
 }
 
 # ------------------------------------------------------------------------------------------------------------ the model
+
+
+def compute_seconds(n_params: int, n_tokens: int, flops_per_s: float) -> float:
+    """Forward and backward at 6 FLOPs a parameter and token."""
+    return 6.0 * n_params * n_tokens / flops_per_s
+
+
+def efficiency_of(measurement: DdpMeasurement | None, rung: RungPlan, box: Box) -> tuple[float, str]:
+    """Of strong scaling over two, at a rung's own batch."""
+    one, many, basis = step_seconds(measurement, rung, 2, box=box)
+    return one / (2 * many), basis
 
 
 @pytest.mark.parametrize(
@@ -268,20 +278,19 @@ def test_bandwidth_is_the_largest_transfers_and_latency_the_smallests(reference:
 def test_efficiency_is_the_measured_one_where_there_is_one(reference: Plan, two_4080: Box) -> None:
     found = measured(reference, "24m")
     by_name = {r.name: r for r in reference.rungs}
-    efficiency, basis = ddp_efficiency(found, by_name["24m"], 2, box=two_4080)
+    efficiency, basis = efficiency_of(found, by_name["24m"], two_4080)
     assert efficiency == pytest.approx(0.020 / (2 * 0.014)) and basis.startswith("measured by `homelab ddp`")
-    other, basis = ddp_efficiency(found, by_name["51m"], 2, box=two_4080)
+    other, basis = efficiency_of(found, by_name["51m"], two_4080)
     assert "rung 24m" in basis and "4 GB/s" in basis and 0.3 < other < 1
-    assumed, basis = ddp_efficiency(None, by_name["51m"], 2, box=two_4080)
+    assumed, basis = efficiency_of(None, by_name["51m"], two_4080)
     assert "assumed 8 GB/s" in basis and assumed > other
-    elsewhere, basis = ddp_efficiency(replace(found, device="RTX 3090"), by_name["24m"], 2, box=two_4080)
+    elsewhere, basis = efficiency_of(replace(found, device="RTX 3090"), by_name["24m"], two_4080)
     assert "assumed" in basis and elsewhere != efficiency
-    assert ddp_efficiency(found, by_name["24m"], 1, box=two_4080)[0] == 1.0
 
 
 def test_the_model_agrees_with_the_plan_before_anything_is_measured(reference: Plan, two_4080: Box) -> None:
     for rung in reference.rungs:
-        efficiency, _ = ddp_efficiency(None, rung, 2, box=two_4080)
+        efficiency, _ = efficiency_of(None, rung, two_4080)
         params, tokens = rung.size.params, rung.training.batch_tokens // 2
         peak = (
             97.5e12 * cost.GPU_MFU_WIDE * rung.size.shape.d_model / (rung.size.shape.d_model + cost.GPU_MFU_HALF_WIDTH)
@@ -329,4 +338,4 @@ def test_a_ladders_advice_splits_what_finishes_it_earlier(reference: Plan, two_4
 def test_without_a_gpu_ranks_share_what_one_process_has(make_corpus: Callable[..., object], cpu: Box) -> None:
     ladder, path = read_ladder("quickstart")
     plan = plan_ladder(ladder, None, cpu, folder=path.parent)
-    assert ddp_efficiency(None, plan.rungs[0], 2, box=cpu)[0] == pytest.approx(0.5)
+    assert efficiency_of(None, plan.rungs[0], cpu)[0] == pytest.approx(0.5)

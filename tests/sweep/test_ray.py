@@ -198,7 +198,7 @@ def test_ctrl_c_saves_every_run_and_the_same_command_goes_on(
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_no_trainer(crowd: Crowd, tmp_path: Path) -> None:
-    ladder, lab = write_ladder(tmp_path, "1280000"), tmp_path / "lab"
+    ladder, lab = write_ladder(tmp_path, TOKENS), tmp_path / "lab"
     process = begin(ladder, lab, "--engine", "ray", "--address", crowd.cluster.address)
     wait_for_trainers(process, lab)
     pids = [pid for folder in run_folders(lab / "tiny") for pid, _ in ranks_of(folder)]
