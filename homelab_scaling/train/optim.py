@@ -147,7 +147,8 @@ class MaskedAdamW:
         owner = {p: o for o in self._optimizers for group in o.param_groups for p in group["params"]}
         for optimizer in self._optimizers:
             optimizer.state.clear()
-        for key, value in [*tensors.items(), *counters.items()]:
+        saved: dict[str, Tensor | int] = {**tensors, **counters}
+        for key, value in saved.items():
             name, entry = key.rsplit("/", 1)
             p = by_name[name]
             owner[p].state.setdefault(p, {})[entry] = self._own_state(name, p, entry, value)

@@ -136,7 +136,8 @@ def _version_2(model: LanguageModel, device_type: str, reshard: bool) -> nn.Modu
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     # The root holds the embeddings, which the tied head needs again at once.
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
 
 
 def _version_1(model: LanguageModel, device_type: str, reshard: bool) -> nn.Module:
@@ -151,7 +152,7 @@ def _version_1(model: LanguageModel, device_type: str, reshard: bool) -> nn.Modu
         use_orig_params=True,
         device_id=here,
     )
-    wrapped.no_sync = contextlib.nullcontext  # type: ignore[method-assign]
+    wrapped.no_sync = contextlib.nullcontext  # type: ignore[assignment, method-assign]
     return wrapped
 
 
