@@ -81,7 +81,7 @@ class Ours(Contestant):
         self.stepper.do_update(LR)
         self.stepper.meter.pending.clear()
         self._n_steps += 1
-        if self._n_steps == 2:  # as the Trainer does after its first update
+        if self._n_steps == 1:  # as the Trainer does
             gc.collect()
             gc.freeze()
 
