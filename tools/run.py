@@ -97,6 +97,9 @@ def _engine(args: Args, limits: "Limits") -> "Iterator[Engine]":
     from homelab_scaling.sweep.where import use_gpus
 
     if args.engine == "local":
+        for flag, given in (("--address", args.address), ("--folders", args.folders)):
+            if given != "auto":
+                raise SpecError(f"{flag} {given} is about a Ray cluster; add --engine ray, or leave it out")
         use_gpus(args.gpus)
         yield ThisBox(open_experiment(args.ladder, args.lab), limits, args.slots, _say)
         return

@@ -9,10 +9,12 @@ import pytest
 
 from homelab_scaling import __version__
 from homelab_scaling.box import describe_box
-from homelab_scaling.errors import MachineError
+from homelab_scaling.errors import MachineError, SpecError
 from homelab_scaling.ladder import TrainTable
+from homelab_scaling.sweep.limits import Limits
 from homelab_scaling.sweep.node import NodeFacts
 from homelab_scaling.sweep.ray_cluster import can_take, survey
+from homelab_scaling.tools import run
 
 BOX = replace(describe_box([]), n_cores=8)
 CARDS = replace(BOX, device="RTX 4080", n_gpus=2, vram_bytes=16 * 2**30)
@@ -105,3 +107,10 @@ def test_a_machine_that_is_gone_or_too_small_can_take_nothing() -> None:
     node = {"Alive": True, "Resources": {"CPU": 4.0}}
     assert can_take(node, {"CPU": 4.0}) and not can_take(node, {"CPU": 1.0, "GPU": 1.0})
     assert not can_take({**node, "Alive": False}, {"CPU": 1.0})
+
+
+@pytest.mark.parametrize("flags", [{"address": "10.0.0.1:6379"}, {"folders": "sent"}])
+def test_flags_of_a_cluster_are_not_ignored_without_one(flags: dict[str, Any]) -> None:
+    args = run.Args(ladder="quickstart", **flags)
+    with pytest.raises(SpecError, match="add --engine ray"), run._engine(args, Limits()):
+        pass
