@@ -21,6 +21,7 @@ from safetensors import safe_open
 from toy_run import make_toy_run, steps_of, train_here, write_shards
 
 from homelab_scaling import codec
+from homelab_scaling.box import missing_for_compile
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import CorpusManifest, RunSpec
 from homelab_scaling.train import checkpoint as ckpt
@@ -97,7 +98,10 @@ def alone(make: Callable[..., tuple[RunSpec, RunFolder]]) -> RunFolder:
 TWO = {"n_processes": 2, "microbatch_seqs_per_rank": 2}
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+SHARDING = {"fsdp1_full": "full", "fsdp1_grad_op": "grad-op", "fsdp2_full": "full", "fsdp2_grad_op": "grad-op"}
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, "two_gpus"])
 def test_a_recipe_trains_as_one_process_does_and_resumes_to_the_bit(config: str, make, alone: RunFolder) -> None:
     """Two horizons, so that a decay is left behind and the trunk taken up from its fork, after an evaluation."""
     _, folder = make(config, **TWO)
@@ -109,7 +113,7 @@ def test_a_recipe_trains_as_one_process_does_and_resumes_to_the_bit(config: str,
     ours, theirs = folder.read_record(), alone.read_record()
     assert [r.loss_nats for r in ours.rows] == pytest.approx([r.loss_nats for r in theirs.rows], rel=1e-4)
     segment = segments_of(folder)[0]
-    assert segment["sharding"] == ("full" if config.endswith("full") else "grad-op")
+    assert segment["sharding"] == SHARDING.get(config, "none")
     assert segment["n_processes"] == 2 and segment["activation_checkpointing"]
 
     take_last_row_back(folder)
@@ -118,6 +122,17 @@ def test_a_recipe_trains_as_one_process_does_and_resumes_to_the_bit(config: str,
     assert steps_of(folder) == two
     assert folder.read_record().rows[-1].loss_nats == ours.rows[-1].loss_nats
     assert weights_of(folder)[-1] == weights_of(folder)[-2]
+
+
+@pytest.mark.skipif(bool(missing_for_compile()), reason=f"no {' or '.join(missing_for_compile())}")
+@pytest.mark.parametrize("config", ["fsdp1_grad_op", "fsdp2_full"])
+def test_compiled_in_bf16_and_recomputed_it_is_the_same_run(config: str, make) -> None:
+    spec, alone = make("alone-bf16", precision="bf16")
+    theirs = train_here(spec, alone)
+    _, folder = make(f"compiled-{config}", precision="bf16", **TWO)
+    launch(config, folder, "--compile", "on", "--recompute", "on")
+    record = folder.read_record()
+    assert [r.loss_nats for r in record.rows] == pytest.approx([r.loss_nats for r in theirs.rows], rel=2e-3)
 
 
 def test_a_checkpoint_has_one_form_whatever_the_launch(make, alone: RunFolder) -> None:
