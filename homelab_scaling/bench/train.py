@@ -331,8 +331,9 @@ def _overheads(
         precision=options.precision,
         device=device,
         device_name=device_name,
-        batch_tokens=options.tokens_per_step or (4 * shape.context_tokens if device == "cpu" else 65_536),
+        batch_tokens=options.tokens_per_step or (2 * shape.context_tokens if device == "cpu" else 65_536),
         microbatch_seqs=options.microbatch,
+        n_threads=options.threads,
     )
 
 

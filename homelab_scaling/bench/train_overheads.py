@@ -30,7 +30,7 @@ from homelab_scaling.train.rehearsal import make_spec, write_random_shards
 
 TARGET_FRAC = 0.02
 TOKENS_PER_PARAM = 20
-N_STEPS, LOG_EVERY, CURVE_EVERY, SAVE_EVERY = 24, 4, 6, 8
+N_STEPS, LOG_EVERY, CURVE_EVERY, SAVE_EVERY = 20, 4, 5, 5
 N_FIRST_STEPS = LOG_EVERY
 """Of the short run, not counted: compilation."""
 SEAMS = ("batches", "logging", "validation", "checkpoints", "orders")
@@ -128,6 +128,7 @@ def measure(
     device_name: str,
     batch_tokens: int,
     microbatch_seqs: int | None = None,
+    n_threads: int | None = None,
     n_vocab: int = N_VOCAB,
     compile_it: Literal["auto", "off"] = "auto",
 ) -> Overheads:
@@ -170,12 +171,19 @@ def measure(
             capture_output=True,
             text=True,
             check=False,
+            env=_environment(n_threads),
         )
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["no message"]
         raise MachineError(f"bench train --overheads: the run failed ({last[0]}); see `homelab doctor`")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return judge(found, spec, validation, TrainTable(), device_name)
+
+
+def _environment(n_threads: int | None) -> dict[str, str]:
+    """As `homelab run` launches its ranks: threads do not spin long at a barrier."""
+    threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
+    return {"GOMP_SPINCOUNT": "10000", **os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def judge(
