@@ -6,9 +6,10 @@ live on the CPU, where the loss would work in blocks of the cache's size: here i
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from homelab_scaling.plan.memory import LossPath
 from homelab_scaling.specs import ModelShape, Optim
-from homelab_scaling.train import loss
+from homelab_scaling.train import loss, model
 from homelab_scaling.train.model import LanguageModel, gpt2_config
 from homelab_scaling.train.optim import MaskedAdamW
 
@@ -61,17 +62,20 @@ def _one_kernel(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
     return max_R1, max_R1.clone()
 
 
+UNBOUNDED = 1 << 60
+CPU_LIMITS = ((loss, "CPU_BLOCK_BYTES"), (loss, "CPU_GRADIENT_ROWS"), (model, "CPU_CHUNK_BYTES"))
+"""Constants that cut the loss's work to a CPU's caches."""
+
+
 @contextmanager
 def as_on_a_gpu(*, fused_softmax: bool) -> Iterator[None]:
-    """The chunked loss without blocks, its softmax as one kernel or not."""
-    kept = loss.CPU_BLOCK_BYTES, loss._softmax_
-    loss.CPU_BLOCK_BYTES = 1 << 60
-    if fused_softmax:
-        loss._softmax_ = _one_kernel
-    try:
+    """The chunked loss without a CPU's limits, its softmax as one kernel or not."""
+    with ExitStack() as stack:
+        for module, name in CPU_LIMITS:
+            stack.enter_context(patch.object(module, name, UNBOUNDED))
+        if fused_softmax:
+            stack.enter_context(patch.object(loss, "_softmax_", _one_kernel))
         yield
-    finally:
-        loss.CPU_BLOCK_BYTES, loss._softmax_ = kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +98,14 @@ def peak_of_step(job: Job) -> int:
     with as_on_a_gpu(fused_softmax=job.fused_softmax), FakeTensorMode(allow_non_fake_inputs=True), count:
         with torch.device("cpu"):
             config = gpt2_config(job.shape, job.n_vocab)
-            model = LanguageModel(config, n_vocab=job.n_vocab, loss_path=job.loss_path, recompute=job.recompute)
-        optimizer = MaskedAdamW(model, Optim())
+            gpt2 = LanguageModel(config, n_vocab=job.n_vocab, loss_path=job.loss_path, recompute=job.recompute)
+        optimizer = MaskedAdamW(gpt2, Optim())
         for _ in range(2):  # the first step makes the optimizer's states
             count.peak = count.live
             for _ in range(job.accumulation):
                 x_BT = torch.zeros(job.microbatch_seqs, job.shape.context_tokens, dtype=torch.long)
                 with torch.autocast("cpu", torch.bfloat16, enabled=job.bf16):
-                    mean = model(x_BT, torch.zeros_like(x_BT))
+                    mean = gpt2(x_BT, torch.zeros_like(x_BT))
                 mean.backward()
                 del mean
             norm = optimizer.clip()
