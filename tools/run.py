@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from homelab_scaling import cli, codec
-from homelab_scaling.errors import DataError, SpecError, Stopped, StoppedByWatchdog
+from homelab_scaling.errors import DataError, SpecError, Stopped, StoppedByWatchdog, UserError
 
 if TYPE_CHECKING:
     from homelab_scaling.specs import RunSpec
@@ -68,6 +68,8 @@ def main(args: Args) -> int:
     from homelab_scaling.sweep.limits import alarmed, make_limits
     from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, write_specs
 
+    if args.autotune and args.engine != "local":
+        raise UserError("--autotune tries settings on this machine, but --engine ray trains on others; drop one")
     limits = make_limits(max_hours=args.max_hours, until=args.until, max_usd=args.max_usd, now_s=time.time())
     with _engine(args, limits) as engine:
         experiment = engine.experiment
@@ -97,9 +99,9 @@ def _engine(args: Args, limits: "Limits") -> "Iterator[Engine]":
     from homelab_scaling.sweep.where import use_gpus
 
     if args.engine == "local":
-        for flag, given in (("--address", args.address), ("--folders", args.folders)):
-            if given != "auto":
-                raise SpecError(f"{flag} {given} is about a Ray cluster; add --engine ray, or leave it out")
+        for flag, value in (("--address", args.address), ("--folders", args.folders)):
+            if value != "auto":
+                raise SpecError(f"{flag} {value} is about a Ray cluster; add --engine ray, or leave it out")
         use_gpus(args.gpus)
         yield ThisBox(open_experiment(args.ladder, args.lab), limits, args.slots, _say)
         return
