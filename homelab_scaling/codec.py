@@ -198,7 +198,7 @@ def _refuse_constant(name: str) -> Any:
 def _parse(path: Path, parse: Any) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SpecError(f"{path}: no such file; give the path of an existing one") from None
     except IsADirectoryError:
         raise SpecError(f"{path}: this is a folder, a file is wanted") from None

@@ -139,7 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _add_product_(grad_VD: Tensor, logits_RV: Tensor, hidden_RD: Tensor) -> None:
     """Adds logits.T @ hidden, made in their own dtype, to an fp32 sum."""
     rows = CPU_GRADIENT_ROWS if grad_VD.is_cpu else len(grad_VD)
-    for sum_SD, slice_RS in zip(grad_VD.split(rows), logits_RV.split(rows, dim=1), strict=True):
+    for sum_SD, slice_RS in zip(torch.split(grad_VD, rows), torch.split(logits_RV, rows, dim=1), strict=True):
         sum_SD.add_(slice_RS.T @ hidden_RD)
 
 

@@ -208,7 +208,8 @@ def test_on_the_noisy_quadratic_it_agrees_with_the_exact_sweep_from_the_same_che
         path = [min(world.loss(world.after(checkpoint, e, batch, n)) for e in world.rates) for n in marks]
         curves.append(make(batch, np.repeat(np.array(path)[:, None], 4, axis=1)))
     found, truth = fit_branches(curves), exact(world, checkpoint, curves)
-    assert found.b_crit is not None and found.b_crit.value == pytest.approx(truth, rel=0.3)  # this world bends more sharply
+    assert found.b_crit is not None
+    assert found.b_crit.value == pytest.approx(truth, rel=0.3)  # this world bends more sharply
 
 
 @pytest.mark.parametrize("burn_in", [0.3, 0.15])
