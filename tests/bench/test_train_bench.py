@@ -258,7 +258,7 @@ def test_overheads_are_spread_at_a_rungs_cadence(tmp_path: Path) -> None:
         "logging": [0.01] * 3,
         "validation": [1e-9],
         "checkpoints": [0.5, 0.7, 0.6],
-        "orders": [0.0001] * 48,
+        "orders": [0.0001] * (2 * train_overheads.N_STEPS),
         "writing": [2.0],
     }
     found = train_overheads.judge(
