@@ -43,4 +43,5 @@ stage types check_types
 stage "fast tests" python -m pytest -q -m "not slow" -n 2
 if [[ ${1:-} == fast ]]; then exit; fi
 say "== slow tests"
-exec "$VENV/bin/python" -m pytest -q -m slow
+# Most of their time is start-up of processes; files stay whole because some share a cluster or a driver.
+exec "$VENV/bin/python" -m pytest -q -m slow -n 2 --dist loadfile
