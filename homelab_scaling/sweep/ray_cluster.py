@@ -117,7 +117,11 @@ def survey(ray: Any, experiment: Experiment, folders: Folders) -> Cluster:
             ).remote(paths, gpus)
             for node in able
         }
-        facts = tuple(_answer(ray, node, asked[node["NodeID"]]) for node in able)
+        answers = [(node, _answer(ray, node, asked[node["NodeID"]])) for node in able]
+    able = [node for node, answer in answers if answer is not None]
+    facts = tuple(answer for _, answer in answers if answer is not None)
+    if not facts:
+        raise MachineError("every machine of this Ray cluster died while it was asked what it is; add a node to it")
     blind = sorted({fact.host for fact in facts if not fact.sees_lab})
     if folders == "shared" and blind:
         raise MachineError(
@@ -153,13 +157,17 @@ def _made(lab: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _answer(ray: Any, node: dict[str, Any], asked: Any) -> NodeFacts:
+def _answer(ray: Any, node: dict[str, Any], asked: Any) -> NodeFacts | None:
+    """What a machine says of itself; None where it has died since it was listed, which Ray may notice late."""
     where = node["NodeManagerHostname"]
     try:
         facts: NodeFacts = ray.get(asked, timeout=ANSWER_S)
     except ray.exceptions.GetTimeoutError:
         raise MachineError(f"{where} has not answered for {ANSWER_S:.0f} s; remove it from the cluster") from None
     except Exception as error:
+        gone = isinstance(error, ray.exceptions.TaskUnschedulableError | ray.exceptions.NodeDiedError)
+        if gone or not any(one["Alive"] for one in ray.nodes() if one["NodeID"] == node["NodeID"]):
+            return None
         said = str(error).strip().splitlines()[-1][:200]
         raise MachineError(
             f"{where} cannot run homelab_scaling ({said}); install version {__version__} in the Python that Ray uses"

@@ -123,7 +123,7 @@ def wait_until(true: Any, seconds: float = 120) -> None:
 
 
 BOTH = pytest.mark.parametrize("folders", ["shared", "sent"])
-TOKENS = "12800, 128000"
+TOKENS = "12800, 384000"
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def assert_nothing_is_twice(lab: Path) -> None:
     for folder in run_folders(lab / "tiny"):
         n = steps_of(folder)
         assert n == sorted(set(n)), "an update is there twice"
-        assert [row.n_tokens for row in folder.read_record().rows] == [12800, 128000]  # type: ignore[union-attr]
+        assert [row.n_tokens for row in folder.read_record().rows] == [12800, 384000]  # type: ignore[union-attr]
         assert folder.read_spec().shards == "../../shards", "a machine's own path is of no use in the lab"
         assert not list(folder.checkpoints.glob(".*"))
 
