@@ -1,0 +1,1 @@
+"""What trained models can do, and what the asking cost."""
