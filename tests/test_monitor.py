@@ -170,7 +170,13 @@ class Terminal:
         self.resize(columns, rows)
         env = {**os.environ, "TERM": "xterm-256color", **environ}
         self.process = subprocess.Popen(
-            [*COMMAND, *map(str, words)], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+            # A suite started in the background of a script inherits an ignored interrupt; a terminal's does not.
+            ["env", "--default-signal=INT", *COMMAND, *map(str, words)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=env,
+            start_new_session=True,
         )
         os.close(theirs)
         self.seen = b""
