@@ -65,6 +65,22 @@ def _strict_literal(value: Any, kind: Any) -> Any:
     return value
 
 
+SCALARS = frozenset({str, int, float, bool})
+
+
+def _is_scalar_union(kind: Any) -> bool:
+    """`str | int | float | bool | None` and the like: JSON tells them apart by itself."""
+    members = set(get_args(kind)) - {type(None)}
+    return len(members) > 1 and members <= SCALARS
+
+
+def _one_of_scalars(value: Any, kind: Any) -> Any:
+    if type(value) not in get_args(kind) or (isinstance(value, float) and not math.isfinite(value)):
+        names = ", ".join("null" if member is type(None) else member.__name__ for member in get_args(kind))
+        raise ValueError(f"wants one of {names}, found {value!r}")
+    return value
+
+
 def _is_tuple(kind: Any) -> bool:
     return getattr(kind, "__origin__", None) is tuple
 
@@ -76,6 +92,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(str, _strict_str)
     converter.register_structure_hook(bool, _strict_bool)
     converter.register_structure_hook_func(_is_literal, _strict_literal)
+    converter.register_structure_hook_func(_is_scalar_union, _one_of_scalars)
 
     def tuple_hook(value: Any, kind: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):

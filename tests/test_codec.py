@@ -30,6 +30,7 @@ class Outer:
     inner: Inner = dataclasses.field(default_factory=Inner)
     parts: tuple[Inner, ...] = ()
     by_name: dict[str, int] = dataclasses.field(default_factory=dict)
+    settings: dict[str, str | int | float | bool | None] = dataclasses.field(default_factory=dict)
 
 
 def _read(**plain: object) -> Outer:
@@ -181,6 +182,16 @@ def test_not_a_number_never_reaches_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         codec.append_jsonl(tmp_path / "m.jsonl", [{"step": 1}, {"loss": math.inf}])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scalar_of_any_kind_stays_what_it_is() -> None:
+    """One that becomes another kind would change the hash of the settings that hold it."""
+    plain = {"shots": 3, "frac": 1.0, "on": True, "name": "3", "none": None}
+    read = _read(settings=plain).settings
+    assert read == plain and [type(v) for v in read.values()] == [type(v) for v in plain.values()]
+    for bad in ([1], {"a": 1}, math.nan):
+        with pytest.raises(SpecError, match=r"settings\[shots\]: wants one of str, int, float, bool, null, found"):
+            _read(settings={"shots": bad})
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])

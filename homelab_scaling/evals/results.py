@@ -35,6 +35,8 @@ class Outcome:
     """`bits per byte`: UTF-8 bytes of the document; 1 otherwise."""
     n_tokens: int
     """Tokens that went through the model for it."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Other metrics of the same answer, which cost nothing more: `acc` beside `acc_norm`."""
 
 
 class Task(Protocol):
@@ -89,6 +91,8 @@ class Score:
     """Share of the documents with an overlap."""
     overlap_unknown: str | None = None
     """Why, in words."""
+    also: dict[str, Part] = field(default_factory=dict)
+    """Other metrics of the same answers."""
     seconds: float
     """Over all sittings."""
     n_tokens: int
