@@ -183,6 +183,34 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceShare:
+    """What one source gave to a corpus: its row in the table of the mixture."""
+
+    name: str
+    """The source as it was asked for."""
+    weight: float | None = None
+    """Part of the training bytes asked for, all weights together being 1; None where none was."""
+    epochs_asked: float | None = None
+    """Times its training text was asked for; None where that was not said."""
+    epochs: float
+    """Times its training text stands in the training half, by bytes; below 1 some of it was left out."""
+    n_documents: int
+    """Different training documents."""
+    n_bytes: int
+    """Of training text, repetitions counted."""
+    n_tokens: int
+    """Of the training half, repetitions counted."""
+    n_tokens_unique: int
+    """The same, each document counted once."""
+    n_val_documents: int
+    n_val_tokens: int
+    n_exact_duplicates: int
+    """Documents dropped because the same text had come before, here or in another source."""
+    n_near_duplicates: int = 0
+    """Documents dropped because they say nearly what another one says."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
     """manifest.json: what the shards of a folder hold."""
 
@@ -203,6 +231,32 @@ class CorpusManifest:
     held_out_rule: str
     """In words: how the held-out documents were chosen."""
     n_duplicates_dropped: int = 0
+    """Exact duplicates."""
+    near_duplicates: float | None = None
+    """Documents this similar (Jaccard, data/near_duplicates.py) to another one were dropped; None: not looked for."""
+    mixture: tuple[SourceShare, ...] = ()
+    """One per source, in order; empty in manifests from before it existed and for token files of other projects."""
+
+    @property
+    def n_tokens_unique(self) -> int:
+        """Tokens of the training half, each document counted once."""
+        return sum(share.n_tokens_unique for share in self.mixture) or self.train.n_tokens
+
+    def unique_tokens(self, n_tokens: int) -> int:
+        """Different tokens among the first `n_tokens` of training, in expectation where documents stand there twice.
+
+        Windows are visited in a random order, so a document that stands there k times has been met after a share f of
+        the stream with probability 1 - (1 - f)^k.
+        """
+        left = 1 - min(1.0, n_tokens / self.train.n_tokens)
+        if not self.mixture:
+            return min(n_tokens, self.train.n_tokens)
+        met = 0.0
+        for share in self.mixture:
+            if share.n_tokens_unique:
+                k, n_more = divmod(share.n_tokens, share.n_tokens_unique)
+                met += n_more * (1 - left ** (k + 1)) + (share.n_tokens_unique - n_more) * (1 - left**k)
+        return min(n_tokens, round(met))
 
     @property
     def data_id(self) -> str:
