@@ -70,6 +70,7 @@ def main(args: Args) -> int:
         watts=args.watts,
         overhead_max_frac=args.overhead,
         rescale_beta2=args.beta2,
+        branch=not args.verify,
     )
     if args.dry_run:
         return _dry_run(args, Batches(experiment, existing_corpus(experiment), wishes))
@@ -110,7 +111,7 @@ def _dry_run(args: Args, batches: "Batches") -> int:
         return 0
     said = ["no shards yet: they are built first"] if batches.corpus is None else []
     smallest = batches.smallest.rung.name
-    branches = None if args.verify else batches.branch_plan()
+    branches = batches.branch_plan()
     if branches is not None and (batches.is_known(smallest) or smallest in {p.rung for p in probes}):
         said.insert(0, branches.words)
     _print(dry_page(probes, sweep, priors, [*said, *batches.kept_words()]))
@@ -143,6 +144,8 @@ def _measure(args: Args, batches: "Batches") -> int:
         return 0
     planned = {r.name: (r.training.batch_tokens, r.training.batch_source) for r in batches.plan.rungs}
     _print(advice_page(advice, planned))
+    for warning in batches.planned().warnings:
+        _say(f"! {warning}")
     _say(f"written: {batch_file(batches.lab)}")
     return 0
 

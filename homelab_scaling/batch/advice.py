@@ -199,7 +199,7 @@ def advise(
         name = setting.rung.name
         before = previous.rung(name) if previous else None
         if name in begun and before is not None:
-            rungs.append(before)
+            rungs.append(replace(before, measured=measured.get(name, before.measured)))  # known, but too late to use
             continue
         if own_batch and name in own_batch:
             rungs.append(_own_batch(setting, measured.get(name), own_batch[name]))

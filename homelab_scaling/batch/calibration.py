@@ -25,10 +25,19 @@ class Calibration:
     c: float = 1.0
     method: Literal["uncalibrated", "sweep", "branch"] = "uncalibrated"
     sd_log: float | None = None
-    """Of log c; None where it was not measured."""
+    """Of log c; None where it was not measured, or where c is a bound."""
+    side: Literal["at least", "at most"] | None = None
+    """Where c is a bound that is taken as if it were the value: which one."""
     rung: str | None = None
     """On which it was measured."""
     sentence: str = UNCALIBRATED
+
+    @property
+    def words(self) -> str:
+        """How B_crit follows from the noise scale, in a few words."""
+        if self.method == "uncalibrated":
+            return self.method
+        return f"calibrated by {self.method}" + (f", c {self.side} {self.c:.2g}" if self.side else "")
 
 
 def calibrate(sweep: TradeOff, b_simple: Estimate, rung: str) -> Calibration:
@@ -68,18 +77,20 @@ def calibration_from_branch(result: BranchResult, b_simple: Estimate | None, run
         return Calibration(sentence=f"the branch test on {rung} does not calibrate: {why}; {UNCALIBRATED}")
     c = b_crit / b_simple.value
     if result.b_crit is None:
-        side, sd = "at least" if result.at_least_tokens is not None else "at most", None
+        sd = None
+        side: Literal["at least", "at most"] | None = "at least" if result.at_least_tokens is not None else "at most"
         interval = f"c = {c:.2f}, as if it were that"
     else:
-        side, sd = "", math.hypot(sd_log(result.b_crit), sd_log(b_simple))
+        side, sd = None, math.hypot(sd_log(result.b_crit), sd_log(b_simple))
         interval = f"c = {c:.2f} [{c * math.exp(-Z95 * sd):.2f}, {c * math.exp(Z95 * sd):.2f}]"
     return Calibration(
         c=c,
         method="branch",
         sd_log=sd,
+        side=side,
         rung=rung,
         sentence=(
-            f"calibrated on {rung}: B_crit {side}{' ' * bool(side)}{b_crit:,.0f} tokens by {len(result.branches)} "
+            f"calibrated on {rung}: B_crit {f'{side} ' if side else ''}{b_crit:,.0f} tokens by {len(result.branches)} "
             f"branches of one checkpoint, B_simple {b_simple.value:,.0f} at the middle of the same stretch: {interval}"
         ),
     )

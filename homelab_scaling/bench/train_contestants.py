@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,8 +35,8 @@ from homelab_scaling.specs import RunSpec
 LR, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0
 
 
-class Contestant:
-    """A model, its data and its optimizer step."""
+class Contestant(ABC):
+    """A model, its data and its optimizer."""
 
     about: str
     """What is special about it, for the summary."""
@@ -44,24 +45,28 @@ class Contestant:
         self.job = job
         self.device = torch.device(job.device)
 
-    def step(self) -> None:
-        """One optimizer step over the whole batch."""
-        raise NotImplementedError
-
-    def backbone_step(self) -> None:
-        """The same without output head and loss: the hidden states get a gradient made beforehand."""
-        raise NotImplementedError
-
-    has_parts = True
-    """Whether `backbone_step` works."""
-
+    @abstractmethod
     def race(self, steps: Iterator[None]) -> None:
         """Takes a step whenever `steps` yields."""
+
+
+class Stepping(Contestant):
+    """A contestant whose steps can be taken one by one, and without output head and loss."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """One optimizer step over the whole batch."""
+
+    @abstractmethod
+    def backbone_step(self) -> None:
+        """The same without output head and loss: the hidden states get a gradient made beforehand."""
+
+    def race(self, steps: Iterator[None]) -> None:
         for _ in steps:
             self.step()
 
 
-class Ours(Contestant):
+class Ours(Stepping):
     """The trainer's own step: its model, loss path, optimizer, clipping, masks and data order."""
 
     def __init__(self, job: Job) -> None:
@@ -98,7 +103,7 @@ class Ours(Contestant):
         stepper.optimizer.zero_grad()
 
 
-class Plain(Contestant):
+class Plain(Stepping):
     """A short loop as people write it: autocast, backward, clip, step. Subclasses bring model and optimizer."""
 
     model: torch.nn.Module
@@ -125,11 +130,13 @@ class Plain(Contestant):
         on = self.job.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
+    @abstractmethod
     def loss(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Mean loss in nats per token."""
 
+    @abstractmethod
     def hidden(self, x_BT: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the blocks make of the tokens, (B, T, D)."""
 
     def step(self) -> None:
         for _ in range(self.accumulation):
@@ -219,8 +226,6 @@ class NanoGPT(Plain):
 
 class HuggingFaceTrainer(Contestant):
     """transformers.Trainer over a ready dataset: its own loop, nothing evaluated, logged or saved."""
-
-    has_parts = False
 
     def __init__(self, job: Job) -> None:
         from transformers import Trainer, TrainingArguments
@@ -368,7 +373,7 @@ def _clock(device: torch.device) -> tuple[float, float]:
 
 def _parts(contestant: Contestant, n_steps: int) -> dict[str, Any]:
     """Seconds of a whole step and of one without head and loss, medians of steps taken in turn."""
-    if not contestant.has_parts:
+    if not isinstance(contestant, Stepping):
         return {"step_s": None, "backbone_s": None}
     contestant.backbone_step()
     seconds: dict[str, list[float]] = {"step_s": [], "backbone_s": []}

@@ -16,6 +16,8 @@ from homelab_scaling.report.words import duration, known, money, plural, sentenc
 
 SAME_FRAC = 0.005
 """Differences below this share are not worth words."""
+SIGNS = {None: ("", ""), "at least": ("≥ ", "≤ "), "at most": ("≤ ", "≥ ")}
+"""Before a B_crit that is a bound, and before the tokens that follow from it."""
 AGAINST = "why, or what the batch taken costs against it"
 
 
@@ -45,13 +47,14 @@ def _answer(rungs: Sequence[RungBatch]) -> str:
         )
     trained = all(r.trained for _, r in shares)
     low, high = _percent(min(share for share, _ in shares)), _percent(max(share for share, _ in shares))
-    about = "at most" if any(r.is_bound for _, r in shares) else "about"
+    sides = {r.side for _, r in shares}
+    about = "at most" if sides <= {"at least", None} and any(sides) else "at least" if sides == {"at most"} else "about"
     who = f"At the batches used, the runs took {about}" if trained else f"At the batches advised, runs take {about}"
     text = (
         f"{who} {low if low == high else f'{low} to {high}'} more tokens than very small batches need for the same "
         f"loss (B / B_crit, {len(shares)} rung{plural(len(shares))})."
     )
-    if all(r.method == "uncalibrated" for _, r in shares):
+    if not any(r.is_calibrated for _, r in shares):
         text += f" This is {UNCALIBRATED.replace('--verify', '`homelab batch-size --verify`')}."
     return text
 
@@ -62,8 +65,9 @@ def _sizes(rungs: Sequence[RungBatch]) -> Grid:
         seqs = "–" if r.context_tokens is None else f"{r.batch_tokens / r.context_tokens:,.0f}"
         bound = max((p.at_least for p in r.noise if p.at_least is not None), default=None)
         simple = _value(r.b_simple) if r.b_simple or bound is None else f"≥ {short(bound)}"
-        over = "–" if r.overhead_frac is None else "≤ " * r.is_bound + _percent(r.overhead_frac)
-        crit = ("≥ " * r.is_bound + _value(r.b_crit), "–" if r.is_bound else _interval(r.b_crit), r.basis)
+        sign, over_sign = SIGNS[r.side]
+        over = "–" if r.overhead_frac is None else over_sign + _percent(r.overhead_frac)
+        crit = (sign + _value(r.b_crit), "–" if r.side else _interval(r.b_crit), r.basis)
         rows.append((r.rung, f"{r.batch_tokens:,}", over, *crit, simple, _interval(r.b_simple), seqs))
     caption = (
         "Batches in tokens, the last column in sequences. Extra tokens: B / B_crit, above what a very small batch "
@@ -111,7 +115,7 @@ def _costs(rungs: Sequence[RungBatch]) -> Grid | None:
 
 
 def _how(rungs: Sequence[RungBatch]) -> str:
-    if all(r.method == "uncalibrated" for r in rungs):
+    if not any(r.is_calibrated for r in rungs):
         return "uncalibrated: B_crit is taken to be B_simple as the runs measured it, and may be off by factors"
     return "B_crit is the calibrated multiple of B_simple as the runs measured it"
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -172,9 +172,11 @@ class RungBatch:
         return not known and self.in_run is not None
 
     @property
-    def is_bound(self) -> bool:
-        """B_crit is a lower bound, and what follows from it an upper one."""
-        return not self.is_by_run and self.own_advice is not None and self.own_advice.basis == "bound"
+    def side(self) -> Literal["at least", "at most"] | None:
+        """Which bound B_crit is, where it is one: what follows from it is then one of the other side."""
+        if not self.is_by_run and self.own_advice is not None and self.own_advice.basis == "bound":
+            return "at least"
+        return self.calibration.side if self.calibration else None
 
     @cached_property
     def b_crit(self) -> Estimate | None:
@@ -187,9 +189,9 @@ class RungBatch:
         return Estimate(value=value, low=value * math.exp(-half), high=value * math.exp(half))
 
     @property
-    def method(self) -> str:
-        """How B_crit follows from the noise scale: uncalibrated, sweep or branch."""
-        return self.calibration.method if self.calibration else "uncalibrated"
+    def is_calibrated(self) -> bool:
+        """Whether it was measured how B_crit follows from the noise scale."""
+        return self.calibration is not None and self.calibration.method != "uncalibrated"
 
     @property
     def basis(self) -> str:
@@ -198,7 +200,7 @@ class RungBatch:
             return "not known"
         assert self.is_by_run or self.own_advice is not None
         source = "in the run" if self.is_by_run or self.own_advice is None else BASES[self.own_advice.basis]
-        return f"{source}, {self.method if self.method == 'uncalibrated' else f'calibrated by {self.method}'}"
+        return f"{source}, {(self.calibration or Calibration()).words}"
 
     @property
     def overhead_frac(self) -> float | None:

@@ -61,6 +61,8 @@ class Wishes:
     """Of the whole machine under load."""
     overhead_max_frac: float | None = None
     rescale_beta2: bool | None = None
+    branch: bool = True
+    """Whether branches may calibrate, where the ladder has them; a sweep does it without."""
     at_once: int = 1
     """Runs that train side by side; then everything is measured first, so that they can be packed."""
 
@@ -188,7 +190,8 @@ class Batches:
 
     def branch_plan(self) -> BranchPlan | None:
         """The branch test that is still to be made; None where the ladder wants none, or its horizon is too short."""
-        if self.ladder.batch.calibrate == "none" or self.is_calibrated or self.branched:
+        wanted = self.wishes.branch and self.ladder.batch.calibrate == "branch"
+        if not wanted or self.is_calibrated or self.branched:
             return None
         setting = self.smallest
         run = longest_run(self.plan, setting.rung.name)

@@ -1,4 +1,4 @@
-"""What a ladder has cost so far: finished rows by their records, runs in progress by their meters."""
+"""What a ladder has cost so far: finished rows by their records, everything else by its clock and meters."""
 
 from pathlib import Path
 
@@ -9,10 +9,12 @@ from homelab_scaling.watch.feed import FolderFeed
 from homelab_scaling.watch.runview import RunEye
 
 LOOK_EVERY_S = 10.0
+MEASURING = ("batch", "batch_sweep/runs", "branch/runs")
+"""Of LAB/<ladder>, where probes, sweeps and branches of the batch lie: they train too."""
 
 
 class Purse:
-    """Adds up energy and machine time over every run of LAB/<ladder>, trials of learning rates included.
+    """Adds up energy and machine time over all that LAB/<ladder> trains: runs, trials of rates, measured batches.
 
     Args:
         lab: LAB/<ladder>.
@@ -28,7 +30,8 @@ class Purse:
         """Dollars so far; looks at the files at most every ten seconds."""
         if now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
-            here = [path for name in RUNS_FOLDERS for path in sorted((self.lab / name).glob("*")) if path.is_dir()]
+            places = [self.lab / name for name in (*RUNS_FOLDERS, *MEASURING)]
+            here = [path for place in places for path in sorted(place.glob("*")) if path.is_dir()]
             self._eyes = {path: self._eyes.get(path) or RunEye(FolderFeed(path)) for path in here}
             for run in self._eyes.values():
                 run.look(now_s)

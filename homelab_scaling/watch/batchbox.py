@@ -45,16 +45,18 @@ def _critical(batch: BatchNow) -> Part | None:
     critical = batch.critical
     if critical is None:
         return None
-    about = "at least " * (critical.basis == "bound")
+    side = "at least" if critical.basis == "bound" else critical.c_side
+    about, sign = (f"{side} ", "≥ " if side == "at least" else "≤ ") if side else ("", "")
     said = words.tokens(critical.tokens)
     ends = "" if about else f" [{words.tokens(critical.low_tokens)}, {words.tokens(critical.high_tokens)}]"
     doubt = "uncalibrated" if critical.calibration == "uncalibrated" else f"by {critical.calibration}"
     ground = "" if critical.basis in ("measured", "bound") else f"{critical.basis}, "
-    cost = f"{'at most ' * bool(about)}{words.percent(batch.tokens / critical.tokens)} more tokens than a small batch"
+    cost_side = {"at least": "at most ", "at most": "at least "}.get(side or "", "")
+    cost = f"{cost_side}{words.percent(batch.tokens / critical.tokens)} more tokens than a small batch"
     return part(
         3,
         f"B_crit {about}{said}{ends} ({ground}{doubt}): {cost}",
         f"B_crit {about}{said}{ends} ({ground}{doubt})",
         f"B_crit {about}{said} ({doubt})",
-        f"B_crit {'≥ ' * bool(about)}{said}",
+        f"B_crit {sign}{said}",
     )

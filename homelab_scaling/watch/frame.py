@@ -142,6 +142,8 @@ class CriticalBatch:
     """measured, forecast, bound or prior."""
     calibration: str
     """uncalibrated, sweep or branch."""
+    c_side: str | None = None
+    """at least or at most, where the calibration found but a bound."""
     advised_tokens: int
 
 

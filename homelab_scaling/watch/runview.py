@@ -368,7 +368,7 @@ class RunEye:
         wall = wall.shared(spec.execution.machine_frac) if spec else wall
         if seen is None or (spec is None and not self.is_foreign):
             return Cost(kwh_why="its spec cannot be read", usd_why="its spec cannot be read")
-        if self.state == "finished":
+        if self.state == "finished" and self.rows:  # a probe earns none
             return cost_of_record(self.record, money)
         left, _ = self.left()
         unknown = self.record.get("unknown")

@@ -178,6 +178,7 @@ class LadderEye:
                 high_tokens=float(found["b_crit"]["high"]),
                 basis=str(found["basis"]),
                 calibration=str(advice["calibration"]["method"]),
+                c_side=advice["calibration"].get("side"),
                 advised_tokens=int(found["batch_tokens"]),
             )
         except (KeyError, TypeError, ValueError):

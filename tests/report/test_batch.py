@@ -2,12 +2,13 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from planted_batches import add_noise, b_simple, make_advice
 
 from homelab_scaling import codec
-from homelab_scaling.batch.advice import batch_file, read_advice
+from homelab_scaling.batch.advice import batch_file, read_advice, write_advice
 from homelab_scaling.batch.priors import kaplan_critical_tokens
 from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.points import read_points, with_c_min
@@ -180,6 +181,18 @@ def test_a_forecast_gives_way_to_what_the_run_measured(trained):
     assert rung.basis == "in the run, calibrated by sweep" and rung.taken is None
     assert rung.b_crit.value == pytest.approx(rung.calibration.c * rung.in_run.value)
     assert math.log(rung.b_crit.high / rung.b_crit.low) > math.log(rung.in_run.high / rung.in_run.low)
+
+
+@pytest.mark.parametrize(("side", "sign", "over"), [("at least", "≥", "≤"), ("at most", "≤", "≥")])
+def test_a_calibration_that_is_a_bound_is_shown_as_one(trained, side, sign, over):
+    found = make_advice(SHAPES, trained)
+    bounded = replace(found.calibration, side=side, sd_log=None)
+    write_advice(trained, replace(found, calibration=bounded))
+    rung = collect(trained).batches.rungs[0]
+    assert rung.side == side and rung.basis.endswith(f"calibrated by sweep, c {side} {bounded.c:.2g}")
+    line = next(line for line in told(trained).splitlines() if line.startswith("| 67k | 4,096"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[2].startswith(over) and cells[3].startswith(sign) and cells[4] == "–"
 
 
 def test_advice_that_cannot_be_read_is_told(trained):

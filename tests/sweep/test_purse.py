@@ -33,3 +33,12 @@ def test_trials_of_rates_cost_money_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert ours.spent(10.0) == 3.5
     (tmp_path / "ladder/bracket_runs/stopped-2").rename(tmp_path / "ladder/runs/stopped-2")  # kept as a row's run
     assert ours.spent(20.0) == 3.5
+
+
+def test_measuring_batches_costs_money_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(purse, "FolderFeed", lambda path: path)
+    monkeypatch.setattr(purse, "RunEye", Eye)
+    for name in ("runs/running-1", "batch/finished-0.5", "batch_sweep/runs/finished-0.25", "branch/runs/stopped-0.125"):
+        (tmp_path / "ladder" / name).mkdir(parents=True)
+    (tmp_path / "ladder/batch/54k.json").touch()
+    assert Purse(tmp_path / "ladder", tmp_path).spent(0.0) == 1.875

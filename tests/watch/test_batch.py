@@ -199,6 +199,9 @@ def test_bounds_and_doubts_are_words(frame):
     assert "noise scale at least 90.0k" in text
     assert "B_crit at least 1.31M (uncalibrated): at most 20 % more tokens" in text
     assert "(forecast, uncalibrated)" in shown(frame, batch_of(KNOWN, replace(critical, basis="forecast")), 250, 60)
+    half_known = replace(CRITICAL, c_side="at most")
+    text = shown(frame, batch_of(KNOWN, half_known), 250, 60)
+    assert "B_crit at most 1.31M (by sweep): at least 20 % more tokens" in text
 
 
 def test_a_warm_up_says_which_of_how_many(frame):
