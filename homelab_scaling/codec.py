@@ -16,7 +16,8 @@ import os
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import cattrs
 from cattrs.gen import make_dict_structure_fn
@@ -71,6 +72,8 @@ SCALARS = frozenset({str, int, float, bool})
 def _is_scalar_union(kind: Any) -> bool:
     """`str | int | float | bool | None` and the like: JSON tells them apart by itself."""
     members = set(get_args(kind)) - {type(None)}
+    if get_origin(kind) not in (Union, UnionType):  # dict[str, float] has such members, too
+        return False
     return len(members) > 1 and members <= SCALARS
 
 
