@@ -33,6 +33,9 @@ class Args:
     """How many of them; 0 plans for the CPU."""
     watts: float | None = None
     """Power of the whole machine under load, for kWh and money; else the cards' rated power."""
+    seeds: int | None = None
+    """Train every rung with so many seeds: the ladder's own first, then the next numbers. Without it, a lab goes on with
+    all the seeds it has."""
     write: bool = False
     """Write LAB/LADDER/plan.json."""
     simulate: Annotated[str | None, tyro.conf.arg(metavar="LAW")] = None
@@ -54,10 +57,13 @@ def main(args: Args) -> int:
     from homelab_scaling.plan.ddp_times import read_ddp
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
     from homelab_scaling.plan.machine import machine_for
+    from homelab_scaling.plan.seeds import plan_with_seeds, with_seeds
     from homelab_scaling.plan.show import plan_page
     from homelab_scaling.plan.simulation_page import simulation_page
 
     ladder, path = read_ladder(args.ladder)
+    if args.seeds is not None:
+        ladder = with_seeds(ladder, args.seeds)
     shards = shards_folder(ladder, path, args.lab)
     corpus = find_corpus(ladder, shards)
     box = machine_for(args.card, args.gpus)
@@ -77,7 +83,8 @@ def main(args: Args) -> int:
             folder=path.parent,
         )
 
-    plan = replace(planner(ladder), measuring=_measuring(args, box))
+    plan = plan_with_seeds(ladder, args.lab / ladder.name, planner, asked=args.seeds is not None)
+    plan = replace(plan, measuring=_measuring(args, box))
     simulation = _simulation(args, ladder, planner)
     if args.write:
         target = args.lab / ladder.name / "plan.json"
@@ -99,7 +106,7 @@ def _measuring(args: Args, box: "Box") -> "Measuring | None":
     from homelab_scaling.sweep.batches import Batches
     from homelab_scaling.sweep.prepare import existing_corpus, open_experiment
 
-    experiment = replace(open_experiment(args.ladder, args.lab), box=box)
+    experiment = replace(open_experiment(args.ladder, args.lab, args.seeds), box=box)
     return Batches(experiment, existing_corpus(experiment)).measuring()
 
 

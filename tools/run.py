@@ -33,6 +33,9 @@ class Args:
     """A ladder file, or the name of a shipped one such as quickstart."""
     lab: Path = Path("lab")
     """The folder that holds the labs; this one goes to LAB/<ladder's name>."""
+    seeds: int | None = None
+    """Train every rung with so many seeds: the ladder's own first, then the next numbers. Without it, a lab goes on with
+    all the seeds it has."""
     prepare: bool = False
     """Build shards, write plan.json and every spec.json, and stop there (to launch by hand); measures no batch."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
@@ -63,7 +66,7 @@ class Args:
 
 
 def main(args: Args) -> int:
-    from homelab_scaling.plan.show import budget_line, measuring_notes
+    from homelab_scaling.plan.show import budget_line, lab_seeds_words, measuring_notes
     from homelab_scaling.sweep.batches import Batches, Wishes
     from homelab_scaling.sweep.limits import alarmed, make_limits
     from homelab_scaling.sweep.prepare import ensure_corpus, existing_corpus, write_specs
@@ -77,6 +80,8 @@ def main(args: Args) -> int:
             plan = Batches(experiment, existing_corpus(experiment)).planned()
             engine.refuse_early(plan)
             _say(budget_line(plan))
+            if (words := lab_seeds_words(plan)) is not None:
+                _say(f"  {words}")
             with alarmed(limits):
                 batches = Batches(experiment, ensure_corpus(experiment), Wishes(at_once=args.slots))
                 plan = batches.planned()
@@ -103,7 +108,7 @@ def _engine(args: Args, limits: "Limits") -> "Iterator[Engine]":
             if value != "auto":
                 raise SpecError(f"{flag} {value} is about a Ray cluster; add --engine ray, or leave it out")
         use_gpus(args.gpus)
-        yield ThisBox(open_experiment(args.ladder, args.lab), limits, args.slots, _say)
+        yield ThisBox(open_experiment(args.ladder, args.lab, args.seeds), limits, args.slots, _say)
         return
     from homelab_scaling.sweep.ray_cluster import connected
     from homelab_scaling.sweep.ray_engine import RayEngine
@@ -111,7 +116,7 @@ def _engine(args: Args, limits: "Limits") -> "Iterator[Engine]":
     for flag, given in (("--gpus", args.gpus is not None), ("--slots", args.slots != 1), ("--autotune", args.autotune)):
         if given:
             raise SpecError(f"{flag} is about this machine, and --engine ray trains on others; leave one of them out")
-    experiment = open_experiment(args.ladder, args.lab)
+    experiment = open_experiment(args.ladder, args.lab, args.seeds)
     with connected(args.address) as ray:
         yield RayEngine(ray, experiment, args.folders, limits, _say)
 

@@ -168,6 +168,7 @@ def plan_ladder(
         or cost.why_no_power(box),
         warnings=tuple(dict.fromkeys(warnings)),
         runs=runs,
+        seeds=ladder.seeds,
     )
 
 

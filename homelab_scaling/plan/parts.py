@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from homelab_scaling.box import Box
+from homelab_scaling.ladder import Reference
 from homelab_scaling.plan.cost import Power, Rate
 from homelab_scaling.plan.counting import ParamCount
 from homelab_scaling.plan.memory import LossPath, VramEstimate
@@ -219,3 +220,9 @@ class Plan:
     """In the order of the rungs; empty without a corpus."""
     measuring: Measuring | None = None
     """What comes before the runs; their batches and rates are what is known until then."""
+    reference: Reference | None = None
+    """The ladder's, for the report."""
+    seeds: tuple[int, ...] = (0,)
+    """Every rung is trained once with each."""
+    lab_seeds: tuple[int, ...] = ()
+    """Of these, the ones that nobody asked for now: their runs are in the lab."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from homelab_scaling.plan.memory import CONTEXT_BYTES, RESERVE_FRAC
 from homelab_scaling.plan.parts import HorizonPlan, Plan, RungPlan
 from homelab_scaling.plan.rules import gap
+from homelab_scaling.plan.seeds import seeds_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -67,8 +68,9 @@ def budget_line(plan: Plan) -> str:
     t = plan.totals
     basis = sorted({r.bill.rate.basis.split(" ")[0] for r in plan.rungs if r.bill.rate})
     ground = f" ({' and '.join(basis)} speeds)" if basis else ""
+    runs = f"{t.n_runs} runs" + (f" of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "")
     parts = [
-        f"{t.n_runs} runs, {t.n_rows} rows, {number(t.tokens_trained)} tokens, {flops(t.flops)} FLOPs",
+        f"{runs}, {t.n_rows} rows, {number(t.tokens_trained)} tokens, {flops(t.flops)} FLOPs",
         f"about {duration(t.seconds)} one after the other{ground}" if t.seconds is not None else "time unknown",
     ]
     if t.kwh is not None:
@@ -106,6 +108,15 @@ def measuring_notes(plan: Plan) -> list[str]:
         )
     notes += [f"the batch of {name} cannot be measured: {why}" for name, why in m.kept.items()]
     return notes
+
+
+def lab_seeds_words(plan: Plan) -> str | None:
+    """Which seeds are trained though nobody asked for them now, and why; None where there are none."""
+    if not plan.lab_seeds:
+        return None
+    named = ", ".join(map(str, plan.lab_seeds))
+    kind = f"seed{'s' * (len(plan.lab_seeds) > 1)} {named}"
+    return f"{kind}: this lab has runs of {'them' if len(plan.lab_seeds) > 1 else 'it'} already, so they go on"
 
 
 def plan_page(plan: Plan) -> "list[RenderableType]":
@@ -220,6 +231,8 @@ def _rows(plan: Plan) -> "Table":
         table.add_section()
     if any(rung.training.other for rung in plan.rungs):
         table.caption = "in brackets: what the other horizons.mode would train (nominal = the published D)\n"
+    if len(plan.seeds) > 1:
+        table.title = f"Rows of one seed; there are {seeds_words(plan.seeds)}"
     return table
 
 
@@ -237,9 +250,11 @@ def _row_cells(horizon: HorizonPlan) -> list[str]:
 
 
 def _cost(plan: Plan) -> "Table":
-    card = plan.box.vram_bytes
+    """Every line over all seeds, and their sum."""
+    card, many = plan.box.vram_bytes, len(plan.seeds) > 1
+    over = f" of {seeds_words(plan.seeds)} together" if many else ""
     table = _table(
-        "Memory in GiB, time, money", "rung", "runs", "AdamW8bit", "AdamW", "allocated", "card", "tokens/s", "time",
+        f"Memory in GiB, time, money{over}", "rung", "runs", "AdamW8bit", "AdamW", "allocated", "card", "tokens/s", "time",
         "kWh", "USD",
     )  # fmt: skip
     for rung in plan.rungs:
@@ -256,6 +271,14 @@ def _cost(plan: Plan) -> "Table":
             energy(bill.kwh),
             money(bill.usd),
         )
+    t = plan.totals
+    table.add_section()
+    table.add_row("all", str(t.n_runs), *[""] * 5, duration(t.seconds), energy(t.kwh), money(t.usd))
+    if many:
+        n = len(plan.seeds)
+        one = [None if value is None else value / n for value in (t.seconds, t.kwh, t.usd)]
+        cells = (duration(one[0]), energy(one[1]), money(one[2]))
+        table.add_row("one seed", str(t.n_runs // n), *[""] * 5, *cells, style="dim")
     return table
 
 
@@ -280,7 +303,8 @@ def memory_notes(plan: Plan) -> list[str]:
 def _notes(plan: Plan) -> list[str]:
     """Grounds of the guesses, each once."""
     optimizer = plan.rungs[0].placement.memory[0].optimizer
-    notes = measuring_notes(plan)
+    notes = [words] if (words := lab_seeds_words(plan)) is not None else []
+    notes += measuring_notes(plan)
     notes += [f"this ladder trains with {optimizer}", *memory_notes(plan)]
     rates: dict[str, list[str]] = {}
     for rung in plan.rungs:

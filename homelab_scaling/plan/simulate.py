@@ -31,6 +31,7 @@ from homelab_scaling.fit.worlds import Design, Noise, as_points, columns_of, log
 from homelab_scaling.ladder import Horizons, Ladder, Rung
 from homelab_scaling.plan.budget import counted
 from homelab_scaling.plan.parts import Plan
+from homelab_scaling.plan.seeds import with_seeds
 
 FITTED = ("chinchilla", "chinchilla-tied")
 N_STARTS = 100
@@ -262,9 +263,7 @@ def _seeds_name(ladder: Ladder) -> str:
 
 
 def _more_seeds(ladder: Ladder) -> Ladder:
-    wanted = 3 if len(ladder.seeds) < 3 else 2 * len(ladder.seeds)
-    fresh = (s for s in range(wanted + len(ladder.seeds)) if s not in ladder.seeds)
-    return replace(ladder, seeds=(*ladder.seeds, *(next(fresh) for _ in range(wanted - len(ladder.seeds)))))
+    return with_seeds(ladder, 3 if len(ladder.seeds) < 3 else 2 * len(ladder.seeds))
 
 
 def _larger(ladder: Ladder, plan: Plan) -> Ladder:

@@ -1,5 +1,6 @@
 """From a ladder file to run folders that are ready to launch: shards, plan.json, spec.json."""
 
+import functools
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from homelab_scaling.plan.cost import measured_rates
 from homelab_scaling.plan.ddp_times import read_ddp
 from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
 from homelab_scaling.plan.parts import Plan
+from homelab_scaling.plan.seeds import has_begun, plan_with_seeds, with_seeds
 from homelab_scaling.runs import RunFolder, flock, run_folders
 from homelab_scaling.specs import CorpusManifest, RunSpec
 from homelab_scaling.train.oom_notes import keep_smaller
@@ -33,6 +35,8 @@ class Experiment:
     shards: Path
     """The lab's own folder, or the one that data.shards names."""
     box: Box
+    seeds_asked: bool = False
+    """The ladder's seeds are those of a flag, not of its file."""
 
     @property
     def shards_reference(self) -> str:
@@ -49,12 +53,19 @@ class Experiment:
             yield
 
 
-def open_experiment(ladder: str, labs: Path) -> Experiment:
-    """The experiment behind a ladder file or the name of a shipped one; touches nothing."""
+def open_experiment(ladder: str, labs: Path, n_seeds: int | None = None) -> Experiment:
+    """The experiment behind a ladder file or the name of a shipped one; touches nothing.
+
+    Args:
+        n_seeds: so many instead of the ladder's own.
+    """
     parsed, path = read_ladder(ladder)
+    if n_seeds is not None:
+        parsed = with_seeds(parsed, n_seeds)
     lab = (labs / parsed.name).resolve()
     shards = shards_folder(parsed, path, labs.resolve())
-    return Experiment(ladder=parsed, ladder_file=path, lab=lab, shards=shards, box=detect_box())
+    asked = n_seeds is not None
+    return Experiment(ladder=parsed, ladder_file=path, lab=lab, shards=shards, box=detect_box(), seeds_asked=asked)
 
 
 def existing_corpus(experiment: Experiment) -> CorpusManifest | None:
@@ -84,16 +95,19 @@ def ensure_corpus(experiment: Experiment) -> CorpusManifest:
 def make_plan(
     experiment: Experiment, corpus: CorpusManifest | None, *, advised: bool = True, tuned: bool = True
 ) -> Plan:
-    """The plan for what is known so far.
+    """The plan for what is known so far, with every seed that the lab has.
 
     Args:
         advised: obey the lab's batch.json and lr.json; False is the plan as the ladder alone would have it.
         tuned: obey lr.json.
+
+    Raises:
+        SpecError: the ladder cannot be run as written, or has runs of more seeds than were asked for.
     """
-    return plan_ladder(
-        experiment.ladder,
-        corpus,
-        experiment.box,
+    planner = functools.partial(
+        plan_ladder,
+        corpus=corpus,
+        box=experiment.box,
         shards=experiment.shards_reference,
         measured=measured_rates([experiment.lab]),
         ddp=read_ddp(experiment.lab.parent),
@@ -101,6 +115,7 @@ def make_plan(
         tuned=tuned_rates(experiment.lab) if advised and tuned else None,
         folder=experiment.ladder_file.parent,
     )
+    return plan_with_seeds(experiment.ladder, experiment.lab, planner, asked=experiment.seeds_asked)
 
 
 def write_specs(
@@ -134,7 +149,7 @@ def _forget_unbegun(plan: Plan, experiment: Experiment) -> None:
     wanted = {run.run_id for run in plan.runs}
     folders = run_folders(experiment.lab) if (experiment.lab / "runs").is_dir() else []
     for folder in folders:
-        if folder.path.name not in wanted and [p.name for p in folder.path.iterdir()] == [folder.spec.name]:
+        if folder.path.name not in wanted and not has_begun(folder):
             shutil.rmtree(folder.path)
 
 
