@@ -4,8 +4,10 @@ Every class checks itself when made and says found, wanted, what to do. What fol
 the planner's work (plan/ladder.py).
 """
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from homelab_scaling.specs import (
     MAX_WARMUP_FRAC,
@@ -259,6 +261,104 @@ class TrainTable:
         require(self.checkpoint_every_s > 0, f"train.checkpoint_every_s = {self.checkpoint_every_s}, wants over 0")
 
 
+FigureName = Literal[
+    "exponent_n",
+    "exponent_c",
+    "r2",
+    "slope_c",
+    "loss_nats",
+    "tokens_total",
+    "flops_total",
+    "hours",
+    "kwh",
+    "usd",
+    "temperature_c",
+    "peak_vram_bytes",
+    "optimizer_saving_frac",
+]
+"""What a published figure can be of: the exponents of L ~ N^-x and, along the frontier, L ~ C^-x; R^2 of the first in
+log-log; the slope of one model's loss against its own compute in log-log (below 0); the loss of a rung; what all of it
+took; the hottest card; the most memory of a card; what 8-bit optimizer states save of memory."""
+OF_A_RUNG = ("slope_c", "loss_nats")
+SHARES = ("r2", "optimizer_saving_frac")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFigure:
+    """One number of a published experiment."""
+
+    of: FigureName
+    value: float
+    rung: str | None = None
+    """Of which model, by the name of its rung; None where that was not said or it is of all of them."""
+    note: str | None = None
+    """What was published beside it, in words."""
+
+    def __post_init__(self) -> None:
+        known = get_args(FigureName)
+        require(self.of in known, f"a figure of {self.of!r}; wants one of {', '.join(known)}")
+        value, name = self.value, f"reference figure {self.of} = {self.value:g}"
+        require(math.isfinite(value), f"{name}, wants a finite number")
+        if self.of == "slope_c":
+            require(value < 0, f"{name}: a loss that falls has a slope below 0")
+        else:
+            require(value > 0, f"{name}, wants a positive number")
+        require(self.of not in SHARES or value <= 1, f"{name}, wants a share of at most 1")
+        require(self.of != "loss_nats" or self.rung is not None, f"{name}: name the rung it is of, rung = ...")
+        require(
+            self.rung is None or self.of in OF_A_RUNG, f"{name} is of the whole experiment; remove rung = {self.rung!r}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """[reference]: a published experiment that the report sets ours beside; no part of a run's identity."""
+
+    source: str
+    """What was published, in words."""
+    figures: tuple[PublishedFigure, ...]
+    hardware: str | None = None
+    """In words; None takes n_cards x card."""
+    card: str | None = None
+    """The published card by its name in the table of cards (`homelab plan --card`), for its peak and rated power."""
+    n_cards: int = 1
+    peak_flops: float | None = None
+    """FLOP/s of all its cards together; None takes the table's."""
+    text: str | None = None
+    """Such as OpenWebText; compared with the names of our sources."""
+    schedule: str | None = None
+    n_models: int | None = None
+    n_params: tuple[float, ...] = ()
+    """Sizes, or at least the smallest and the largest."""
+
+    def __post_init__(self) -> None:
+        require(self.source.strip() != "", "reference.source is empty; say in words what was published")
+        require(len(self.figures) > 0, "reference.figures is empty; give at least one, { of = ..., value = ... }")
+        counted = Counter((figure.of, figure.rung) for figure in self.figures)
+        twice = sorted(of if rung is None else f"{of} of {rung}" for (of, rung), n in counted.items() if n > 1)
+        require(not twice, f"reference.figures has {', '.join(twice)} twice")
+        require(self.n_cards >= 1, f"reference.n_cards = {self.n_cards}, wants 1 or more")
+        for key in ("peak_flops", "n_models"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"reference.{key} = {value}, wants a positive number")
+        sizes = self.n_params
+        require(
+            list(sizes) == sorted(set(sizes)) and all(n > 0 for n in sizes),
+            f"reference.n_params = {list(sizes)}, wants positive numbers that ascend",
+        )
+        n = self.n_models
+        require(n is None or n >= len(sizes), f"reference.n_models = {n}, but n_params names {len(sizes)} sizes")
+
+    def value(self, of: FigureName) -> float | None:
+        """The published number; None where it was not published for the whole experiment."""
+        return next((figure.value for figure in self.figures if figure.of == of and figure.rung is None), None)
+
+    @property
+    def machine(self) -> str | None:
+        """In words, as far as it was said."""
+        return self.hardware or (f"{self.n_cards} x {self.card}" if self.card else None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
     """A ladder file: one experiment."""
@@ -272,6 +372,7 @@ class Ladder:
     seeds: tuple[int, ...] = (0,)
     question: str | None = None
     """What the experiment is to answer, for the report's first line."""
+    reference: Reference | None = None
     data: DataTable = field(default_factory=DataTable)
     optim: Optim = field(default_factory=Optim)
     schedule: ScheduleTable = field(default_factory=ScheduleTable)
