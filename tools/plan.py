@@ -34,8 +34,8 @@ class Args:
     watts: float | None = None
     """Power of the whole machine under load, for kWh and money; else the cards' rated power."""
     seeds: int | None = None
-    """Train every rung with so many seeds: the ladder's own first, then the next numbers. Without it, a lab goes on with
-    all the seeds it has."""
+    """Train every rung with so many seeds: the ladder's own first, then the next numbers. Without it, a lab goes on
+    with all the seeds it has."""
     write: bool = False
     """Write LAB/LADDER/plan.json."""
     simulate: Annotated[str | None, tyro.conf.arg(metavar="LAW")] = None

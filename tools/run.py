@@ -34,8 +34,8 @@ class Args:
     lab: Path = Path("lab")
     """The folder that holds the labs; this one goes to LAB/<ladder's name>."""
     seeds: int | None = None
-    """Train every rung with so many seeds: the ladder's own first, then the next numbers. Without it, a lab goes on with
-    all the seeds it has."""
+    """Train every rung with so many seeds: the ladder's own first, then the next numbers. Without it, a lab goes on
+    with all the seeds it has."""
     prepare: bool = False
     """Build shards, write plan.json and every spec.json, and stop there (to launch by hand); measures no batch."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)

@@ -1,7 +1,7 @@
 """Repeats of a ladder by its seeds: how many are asked for, and which ones a lab has already.
 
-A repeat differs from a planned run by its seed alone (weights at the start, order of the text). Seeds are only ever added:
-a lab goes on with every seed that it has, so that no finished run falls out of the fit because a flag was forgotten.
+A repeat differs from a planned run by its seed alone (weights at the start, order of the text). Seeds are only ever
+added: a lab goes on with every seed that it has, so that no run falls out of the fit because a flag was forgotten.
 """
 
 from collections.abc import Callable

@@ -254,8 +254,8 @@ def _cost(plan: Plan) -> "Table":
     card, many = plan.box.vram_bytes, len(plan.seeds) > 1
     over = f" of {seeds_words(plan.seeds)} together" if many else ""
     table = _table(
-        f"Memory in GiB, time, money{over}", "rung", "runs", "AdamW8bit", "AdamW", "allocated", "card", "tokens/s", "time",
-        "kWh", "USD",
+        f"Memory in GiB, time, money{over}", "rung", "runs", "AdamW8bit", "AdamW", "allocated", "card", "tokens/s",
+        "time", "kWh", "USD",
     )  # fmt: skip
     for rung in plan.rungs:
         vram, bill = rung.placement.vram_bytes, rung.bill
