@@ -12,8 +12,9 @@ from homelab_scaling import cli, codec
 if TYPE_CHECKING:
     from homelab_scaling.box import Box
     from homelab_scaling.ladder import Ladder
-    from homelab_scaling.plan.parts import Measuring, Plan
+    from homelab_scaling.plan.parts import Plan
     from homelab_scaling.plan.simulate import Planner, Simulation
+    from homelab_scaling.sweep.batches import Batches
 
 TABLE_COLUMNS = 100
 """Narrower, the tables would break their numbers."""
@@ -47,7 +48,7 @@ class Args:
     target: tuple[str, ...] = ()
     """What else to expect an interval of: d-opt:N, n-opt:C or loss:N,D; d-opt:1e9 when not given."""
     json: bool = False
-    """Print the plan as one JSON document; with --simulate it has a key `simulation`."""
+    """Print the plan as one JSON document, on several cards with their `schedule`; with --simulate, a `simulation`."""
 
 
 def main(args: Args) -> int:
@@ -60,6 +61,7 @@ def main(args: Args) -> int:
     from homelab_scaling.plan.seeds import plan_with_seeds, with_seeds
     from homelab_scaling.plan.show import plan_page
     from homelab_scaling.plan.simulation_page import simulation_page
+    from homelab_scaling.sweep.local import planned_schedule, schedule_words
 
     ladder, path = read_ladder(args.ladder)
     if args.seeds is not None:
@@ -84,30 +86,34 @@ def main(args: Args) -> int:
         )
 
     plan = plan_with_seeds(ladder, args.lab / ladder.name, planner, asked=args.seeds is not None)
-    plan = replace(plan, measuring=_measuring(args, box))
+    batches = _batches(args, box)
+    plan = replace(plan, measuring=batches.measuring())
+    packed = planned_schedule(plan if plan.runs else batches.plan, ladder, args.lab / ladder.name)
     simulation = _simulation(args, ladder, planner)
     if args.write:
         target = args.lab / ladder.name / "plan.json"
         codec.write_json(target, plan)
         print(f"written: {target}", file=sys.stderr)
     if args.json:
-        print(codec.dumps(codec.to_plain(plan) | ({"simulation": codec.to_plain(simulation)} if simulation else {})))
+        more = {"schedule": packed, "simulation": simulation}
+        print(codec.dumps(codec.to_plain(plan) | {k: codec.to_plain(v) for k, v in more.items() if v is not None}))
         return 0
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=False, width=max(TABLE_COLUMNS, Console().width))
-    for part in [*plan_page(plan), *(simulation_page(simulation) if simulation else [])]:
+    said = schedule_words(packed) if packed else None
+    for part in [*plan_page(plan, said), *(simulation_page(simulation) if simulation else [])]:
         console.print(part)
     return 0
 
 
-def _measuring(args: Args, box: "Box") -> "Measuring | None":
-    """What `homelab run` will measure before it trains."""
+def _batches(args: Args, box: "Box") -> "Batches":
+    """What `homelab run` will measure before it trains, and a plan with runs although there are no shards yet."""
     from homelab_scaling.sweep.batches import Batches
     from homelab_scaling.sweep.prepare import existing_corpus, open_experiment
 
     experiment = replace(open_experiment(args.ladder, args.lab, args.seeds), box=box)
-    return Batches(experiment, existing_corpus(experiment)).measuring()
+    return Batches(experiment, existing_corpus(experiment))
 
 
 def _simulation(args: Args, ladder: "Ladder", planner: "Planner") -> "Simulation | None":

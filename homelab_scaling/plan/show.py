@@ -119,8 +119,12 @@ def lab_seeds_words(plan: Plan) -> str | None:
     return f"{kind}: this lab has runs of {'them' if len(plan.lab_seeds) > 1 else 'it'} already, so they go on"
 
 
-def plan_page(plan: Plan) -> "list[RenderableType]":
-    """The whole page: heading, five tables, the budget, notes and warnings."""
+def plan_page(plan: Plan, packed: str | None = None) -> "list[RenderableType]":
+    """The whole page: heading, five tables, the budget, notes and warnings.
+
+    Args:
+        packed: when everything is done on all cards at once, in words.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -133,6 +137,7 @@ def plan_page(plan: Plan) -> "list[RenderableType]":
     page: list[RenderableType] = [Text(head, style="bold"), Text(_machine(plan)), Text("")]
     page += [_sizes(plan), _flops(plan), _training(plan), _rows(plan), _cost(plan)]
     page.append(Text(f"Total: {budget_line(plan)}", style="bold"))
+    page += [item(" ", packed, "bold")] if packed else []
     page += [item(" ", note, "dim") for note in _notes(plan)]
     page += [item("!", warning, "yellow") for warning in plan.warnings]
     return page

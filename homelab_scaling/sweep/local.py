@@ -8,10 +8,12 @@ drive.py   the loop over all of them    limits.py  when to stop
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from homelab_scaling.box import Box
+from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Ladder, TrainTable
-from homelab_scaling.plan.cost import measured_rates
+from homelab_scaling.plan.cost import GPU_START_S, measured_rates
 from homelab_scaling.plan.ddp_times import read_ddp
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.plan.timetable import Timetable
@@ -22,6 +24,7 @@ from homelab_scaling.sweep.limits import Limits, refuse_unknown_money
 from homelab_scaling.sweep.placing import Placer, lab_of_runs
 from homelab_scaling.sweep.recipe import StopRequest, see_to_watchdog
 from homelab_scaling.sweep.room import need_of_run, needs_of_plan, refuse_what_fits_no_card
+from homelab_scaling.sweep.slots import Schedule, make_schedule
 from homelab_scaling.sweep.where import ask_driver, slots_of, threads_of
 from homelab_scaling.watch import link
 from homelab_scaling.watch.ahead import duration
@@ -162,6 +165,36 @@ def _show(table: Timetable, say: Callable[[str], None]) -> None:
     if len(table.slots) > 1:
         for sentence in sentences(table):
             say(textwrap.fill(sentence, GANTT_COLUMNS, initial_indent="  ", subsequent_indent="    "))
+
+
+def planned_schedule(plan: Plan, ladder: Ladder, lab: Path) -> Schedule | None:
+    """How `homelab run` would pack a whole plan onto the plan's cards; None with one slot, or without known speeds.
+
+    Args:
+        lab: LAB/<ladder>, for what was measured there.
+    """
+    n_slots = plan.box.n_gpus
+    if n_slots < 2 or not plan.runs:
+        return None
+    placer = Placer(
+        box=plan.box,
+        n_slots=n_slots,
+        train=ladder.train,
+        measured=measured_rates([lab]),
+        ddp=read_ddp(lab.parent),
+    )
+    try:
+        jobs, unit = placer.jobs([(spec, 1.0) for spec in plan.runs])
+    except SpecError:
+        return None  # a rung fits no card, which the plan says in its own words
+    return make_schedule(jobs, range(n_slots), restart_s=GPU_START_S, unit=unit) if unit == "s" else None
+
+
+def schedule_words(schedule: Schedule) -> str:
+    """When all runs of a plan would be done, packed, spread and mixed."""
+    others = [f"{one.what} {duration(one.makespan_s)}" for one in schedule.alternatives]
+    found = f"on {len(schedule.slots)} cards at once all runs end after about {duration(schedule.makespan_s)}"
+    return f"{found}: {schedule.why}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def refuse_early(plan: Plan, ladder: Ladder, limits: Limits, n_cpu_slots: int = 1) -> None:

@@ -78,6 +78,19 @@ def test_the_page_reads_at_100_columns(here: Path, homelab: Homelab, name: str) 
     assert set(_tree(here)) == {"mine.toml"}, "a dry run writes nothing"
 
 
+def test_several_cards_are_planned_at_once(here: Path, homelab: Homelab) -> None:
+    said = homelab("plan", "gpt2_5m_120m", "--card", "RTX 4080", "--gpus", "2")
+    (line,) = (line for line in said.out.splitlines() if "on 2 cards at once all runs end after about" in line)
+    assert "h:" in line
+    document = json.loads(homelab("plan", "gpt2_5m_120m", "--card", "RTX 4080", "--gpus", "2", "--json").out)
+    schedule = document["schedule"]
+    assert len(schedule["slots"]) == 2 and len(schedule["assignments"]) >= 5
+    assert schedule["makespan_s"] == max(one["end_s"] for one in schedule["assignments"])
+    assert schedule["makespan_s"] <= min(one["makespan_s"] for one in schedule["alternatives"])
+    alone = homelab("plan", "gpt2_5m_120m", "--card", "RTX 4080", "--gpus", "1")
+    assert "cards at once" not in alone.out
+
+
 def test_the_page_says_what_it_assumed_and_warns_last(here: Path, homelab: Homelab) -> None:
     (here / "mine.toml").write_text(GOOD.replace("500_000, 1_000_000", "10_000"), encoding="utf-8")
     said = homelab("plan", "mine.toml")
