@@ -1,5 +1,8 @@
 """Everything a report says, read once from a lab's folder; what is missing becomes a sentence, not a crash."""
 
+import contextlib
+import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,11 +12,15 @@ from homelab_scaling import codec
 from homelab_scaling.batch.advice import BatchAdvice, read_advice
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit.result import FitReport, load_fit
+from homelab_scaling.ladder import Reference
 from homelab_scaling.plan.counting import count_params, flops_per_token
 from homelab_scaling.report.noise import BatchAt, BatchStudy, Noise, batch_events, noise_lines
 from homelab_scaling.report.study import Study
 from homelab_scaling.runs import Excluded, Row, RunFolder, RunRecord, read_rows, run_folders
-from homelab_scaling.specs import CorpusManifest, RunSpec
+from homelab_scaling.specs import CorpusManifest, ModelShape, RunSpec
+
+Span = tuple[float, float]
+"""From when to when, in Unix time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,8 @@ class RunView:
     """The gradient noise scale, window by window, where the run measured it."""
     batches: tuple[BatchAt, ...] = ()
     """The steps of a batch warm-up."""
+    spans: tuple[Span, ...] = ()
+    """When it was in progress."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -81,6 +90,11 @@ class LabView:
     """What the report would have liked to find, in sentences."""
     batch: BatchAdvice | None = None
     """batch.json."""
+    reference: Reference | None = None
+    """The published experiment that the ladder names."""
+    planned_shapes: tuple[tuple[str, ModelShape], ...] = ()
+    """Rung and shape, by plan.json."""
+    n_vocab_planned: int | None = None
 
     @cached_property
     def batches(self) -> BatchStudy:
@@ -128,7 +142,29 @@ def collect(lab: Path) -> LabView:
         fit=fit,
         missing=tuple(missing),
         batch=advice,
+        reference=_read_reference(plan, missing),
+        planned_shapes=_planned_shapes(plan),
+        n_vocab_planned=plan["n_vocab"] if isinstance(plan.get("n_vocab"), int) else None,
     )
+
+
+def _read_reference(plan: dict[str, Any], missing: list[str]) -> Reference | None:
+    """The published experiment; a plan from before there were any names none."""
+    if plan.get("reference") is None:
+        return None
+    try:
+        return codec.from_plain(plan["reference"], Reference, "plan.json: reference")
+    except HomelabError as error:
+        missing.append(f"The published experiment cannot be read ({error}).")
+        return None
+
+
+def _planned_shapes(plan: dict[str, Any]) -> tuple[tuple[str, ModelShape], ...]:
+    found = []
+    for rung in plan.get("rungs") or ():
+        with contextlib.suppress(HomelabError, KeyError, TypeError):
+            found.append((str(rung["name"]), codec.from_plain(rung["size"]["shape"], ModelShape, "plan.json")))
+    return tuple(found)
 
 
 def _read_advice(lab: Path, missing: list[str]) -> BatchAdvice | None:
@@ -171,7 +207,7 @@ def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
     try:
         events = codec.read_jsonl(folder.events) if folder.events.exists() else []
     except HomelabError:
-        events = []  # only a batch warm-up is read from them
+        events = []  # a batch warm-up and hours are read from them, and do without
     warmup = spec.science.batch_warmup if spec is not None else None
     if spec is not None:
         science = spec.science
@@ -194,7 +230,43 @@ def _read_run(folder: RunFolder, missing: list[str]) -> RunView | None:
         validation=_curves([line for line in lines if line.get("set") == "curve"], "val"),
         noise=noise_lines(lines),
         batches=batch_events(events, warmup.from_tokens) if warmup else (),
+        spans=run_spans(events, _seconds(record)),
     )
+
+
+def run_spans(events: Sequence[dict[str, Any]], known_s: float) -> tuple[Span, ...]:
+    """When a run was in progress, segment by segment.
+
+    Args:
+        events: of events.jsonl.
+        known_s: the run's seconds by its record, for the end of a segment that did not live to tell it.
+    """
+    spans: list[Span] = []
+    start = last = None
+    for event in events:
+        try:
+            now = datetime.datetime.fromisoformat(str(event.get("time"))).timestamp()
+        except ValueError:
+            continue
+        if event.get("kind") == "segment":
+            if start is not None and last is not None:  # the one before was killed
+                spans.append((start, last))
+            start = now
+        elif event.get("kind") == "end" and start is not None:
+            spans.append((start, now))
+            start = None
+        last = now
+    if start is not None and last is not None:
+        rest_s = known_s - sum(end - begin for begin, end in spans)
+        spans.append((start, max(last, start + rest_s)))
+    return tuple(spans)
+
+
+def _seconds(record: RunRecord | None) -> float:
+    if record is None:
+        return 0.0
+    books = ("seconds_train", "seconds_validate", "seconds_checkpoint", "seconds_paused", "seconds_paced")
+    return sum(getattr(record, book) or 0.0 for book in books)
 
 
 def _curves(lines: list[dict[str, Any]], kind: str) -> tuple[Curve, ...]:

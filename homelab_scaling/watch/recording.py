@@ -9,8 +9,8 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -137,6 +137,55 @@ def read_recording(path: Path, *, since_s: float = 0.0) -> Iterator[tuple[tuple[
                     yield facts, codec.from_plain(plain, Sample, file.name)
             except (ValueError, TypeError, KeyError, SpecError):
                 continue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hottest:
+    """The highest temperature read of a card."""
+
+    uuid: str
+    name: str
+    index: int | None
+    """NVML's order; None where the facts of the card are gone."""
+    temperature_c: float
+    t_s: float
+    """When; Unix time."""
+
+
+def hottest(path: Path, spans: Sequence[tuple[float, float]]) -> tuple[Hottest, ...]:
+    """Every card's hottest reading within these stretches of Unix time, the hottest card first.
+
+    A card without a reading there is not in it. Lines are looked at as plain data: days of them take seconds.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    found: dict[str, tuple[float, float]] = {}
+    for file in reversed(_files(path)):
+        for line in _lines(file):
+            try:
+                plain = json.loads(line)
+                if "facts" in plain:
+                    known |= {str(card["uuid"]): card for card in plain["facts"]}
+                    continue
+                t_s = float(plain["t_s"])
+                if not any(low <= t_s <= high for low, high in spans):
+                    continue
+                for card in plain["cards"]:
+                    celsius, uuid = card.get("temperature_c"), str(card["uuid"])
+                    if celsius is not None and (uuid not in found or celsius > found[uuid][0]):
+                        found[uuid] = (float(celsius), t_s)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+    cards = [
+        Hottest(
+            uuid=uuid,
+            name=str(known.get(uuid, {}).get("name", "a card")),
+            index=known.get(uuid, {}).get("index"),
+            temperature_c=celsius,
+            t_s=t_s,
+        )
+        for uuid, (celsius, t_s) in found.items()
+    ]
+    return tuple(sorted(cards, key=lambda card: -card.temperature_c))
 
 
 def _files(path: Path) -> list[Path]:
