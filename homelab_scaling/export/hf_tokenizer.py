@@ -82,7 +82,7 @@ def bytes_engine_json() -> str:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
-    letters = _letters_of_bytes()
+    letters = letters_of_bytes()
     engine: Any = Engine(models.BPE(vocab={letters[b]: b for b in range(N_BYTES)}, merges=[]))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.decoder = decoders.ByteLevel()
@@ -91,7 +91,7 @@ def bytes_engine_json() -> str:
     return text
 
 
-def _letters_of_bytes() -> list[str]:
+def letters_of_bytes() -> list[str]:
     """The letter that byte-level tokenizers write for each byte: itself where it can be seen, else from 256 on.
 
     Source: `bytes_to_unicode` of GPT-2's encoder.py.
