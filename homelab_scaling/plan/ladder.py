@@ -18,6 +18,7 @@ from homelab_scaling.plan import cost
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.given import Given
+from homelab_scaling.plan.nominal import not_one_budget, published_rungs
 from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Totals
 from homelab_scaling.plan.rung import plan_rung
 from homelab_scaling.plan.tuned import TunedRates, cost_words
@@ -169,6 +170,8 @@ def plan_ladder(
         warnings=tuple(dict.fromkeys(warnings)),
         runs=runs,
         seeds=ladder.seeds,
+        horizons=ladder.horizons,
+        published=published_rungs(ladder, [rung.size for rung in rungs]),
     )
 
 
@@ -232,6 +235,10 @@ def _across_rungs(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> list[str]:
         found.append(
             f"horizons.mode = nominal takes each rung's one nominal_tokens; the {n_listed} listed horizons are not run"
         )
+    if h.mode == "nominal":
+        published = published_rungs(ladder, [rung.size for rung in rungs])
+        said = not_one_budget(published, h.flops[0] if len(h.flops) == 1 else None)
+        found += [said] if said else []
     if len({r.training.precision for r in rungs}) > 1:
         by = ", ".join(f"{r.name} {r.training.precision}" for r in rungs)
         found.append(f"rungs differ in precision ({by}), which bends a law; set train.precision for all of them")

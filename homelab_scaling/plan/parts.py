@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from homelab_scaling.box import Box
-from homelab_scaling.ladder import Reference
+from homelab_scaling.ladder import Horizons, Reference
 from homelab_scaling.plan.cost import Power, Rate
 from homelab_scaling.plan.counting import ParamCount
 from homelab_scaling.plan.memory import LossPath, VramEstimate
@@ -200,6 +200,21 @@ class Measuring:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedRung:
+    """What was published of one rung, beside what its tokens cost in the shape that stands for it."""
+
+    name: str
+    n_tokens: int
+    """The published D."""
+    n_params: float | None
+    """The published N = C / (6 D); None where the ladder names no single budget."""
+    flops_causal: float
+    """Of our shape on those tokens: every matmul, the causal half of attention, as everywhere here."""
+    flops_full: float
+    """The same with the whole attention square, as PaLM and nanoGPT count."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """plan.json."""
 
@@ -226,3 +241,7 @@ class Plan:
     """Every rung is trained once with each."""
     lab_seeds: tuple[int, ...] = ()
     """Of these, the ones that nobody asked for now: their runs are in the lab."""
+    horizons: Horizons | None = None
+    """The ladder's, for the report."""
+    published: tuple[PublishedRung, ...] = ()
+    """The rungs whose published tokens the ladder states."""

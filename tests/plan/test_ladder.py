@@ -48,9 +48,9 @@ def _ladder(**changes: object) -> Ladder:
 # --------------------------------------------------------------------------------------------------- shipped ladders
 
 
-def test_all_six_ladders_ship() -> None:
-    rest = ["gpt2_350m_fsdp", "gpt2_5m_120m", "isoflop_5m_25m_100m", "quickstart", "wikitext_786k_4m_25m"]
-    assert shipped_ladders() == ["batch_study_cpu", *rest]
+def test_the_ladders_that_are_asked_for_ship() -> None:
+    asked = {"gpt2_350m_fsdp", "gpt2_5m_120m", "isoflop_5m_25m_100m", "quickstart", "wikitext_786k_4m_25m"}
+    assert asked <= set(shipped_ladders())
 
 
 @pytest.mark.parametrize("name", shipped_ladders())
