@@ -88,6 +88,15 @@ CATALOGUE: dict[str, PublishedLaw] = {
             se={},
         ),
         PublishedLaw(
+            name="hoffmann-2022-rounded",
+            law="chinchilla",
+            values={"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
+            source="Hoffmann et al. 2022 eq. 10 as the text rounds it; .28 for .2849 adds a tenth to the data term",
+            count="total",
+            ranges=_CHINCHILLA_RANGES,
+            se={},
+        ),
+        PublishedLaw(
             name="besiroglu-2024",
             law="chinchilla",
             values={"E": 1.8172181, "A": 477.82587, "B": 2143.41736, "alpha": 0.3473105, "beta": 0.3671724},

@@ -417,7 +417,8 @@ def _with_ranges(poor: ScalingFit, law: Law, table: Table, rows: Slice) -> tuple
     if not law.splits or len(rows.rows) < 3:
         return poor, None
     problem = _pose(law, table, rows)
-    drawn = underdetermined.compatible_laws(law, problem.posed, problem.losses)
+    places = underdetermined.places_of(problem.columns)
+    drawn = underdetermined.compatible_laws(law, problem.posed, problem.losses, places)
     if drawn is None:
         return poor, None
     parameters, derived = underdetermined.ranges(law, drawn)
@@ -425,7 +426,7 @@ def _with_ranges(poor: ScalingFit, law: Law, table: Table, rows: Slice) -> tuple
         poor,
         parameters=parameters,
         derived=derived,
-        interval=underdetermined.words(len(problem.losses), drawn),
+        interval=underdetermined.words(len(problem.losses), drawn, len(places)),
         unpinned=dict.fromkeys((*parameters, *derived), next(iter(poor.unpinned.values()))),
         ranges={axis: (float(v.min()), float(v.max())) for axis, v in problem.columns.items()},
     )

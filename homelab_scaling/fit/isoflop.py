@@ -106,6 +106,38 @@ def parabola_minimum(x: Array, y: Array, weights: Array) -> tuple[Array, Array, 
     return c2 / scale**2, centre + scale * vertex, bracketed
 
 
+def vertex_interval(x: Array, y: Array) -> tuple[float, float] | None:
+    """The 95 % interval of where the parabola through one budget's points is lowest, from their scatter around it.
+
+    Fieller's: every place where the slope is not told apart from zero. It knows nothing of losses being no parabola.
+
+    Args:
+        x: log size (k,).
+        y: loss (k,).
+
+    Returns:
+        The interval in x; None below four sizes, where a parabola always fits, or where the curvature is not sure.
+    """
+    from scipy.stats import t as student
+
+    if len(levels(np.exp(x))) < MIN_SIZES:
+        return None
+    centre, scale = float(x.mean()), float(np.ptp(x))
+    z = (x - centre) / scale
+    design = np.stack([np.ones_like(z), z, z * z], axis=1)
+    (_c0, c1, c2), *_ = np.linalg.lstsq(design, y, rcond=None)
+    spare = len(z) - 3
+    variance = float(((y - design @ np.array([_c0, c1, c2])) ** 2).sum()) / spare
+    v = np.linalg.inv(design.T @ design) * variance * float(student.ppf(0.975, spare)) ** 2
+    # (c1 + 2 c2 z)^2 <= t^2 var(c1 + 2 c2 z) is a quadratic in z.
+    two, one, zero = 4 * (c2**2 - v[2, 2]), 4 * (c1 * c2 - v[1, 2]), c1**2 - v[1, 1]
+    if c2 <= 0 or two <= 0:
+        return None
+    half = np.sqrt(max(0.0, one**2 - 4 * two * zero)) / (2 * two)
+    middle = -one / (2 * two)
+    return centre + scale * float(middle - half), centre + scale * float(middle + half)
+
+
 def vertices(budgets: list[Budget], columns: dict[str, Array], losses: Array, weights: Array) -> list[Vertex]:
     """The best N and D of each budget in every batch member.
 
