@@ -292,6 +292,7 @@ def _advise_rung(
         rows,
         overhead_max_frac * share,
         tuned_tokens=tuned,
+        tuned_least_frac=tuned / b_crit.high if tuned else None,
         most_tokens=max(tuned or 0, setting.shape.context_tokens, shortest // SHORTEST_STEPS),
     )
     batch = choice.row.batch_tokens

@@ -279,6 +279,7 @@ def choose_row(
     overhead_max_frac: float = OVERHEAD_FRAC,
     *,
     tuned_tokens: int | None = None,
+    tuned_least_frac: float | None = None,
     most_tokens: int | None = None,
 ) -> Choice:
     """The largest batch within the overhead that saves real time against every smaller one.
@@ -288,9 +289,20 @@ def choose_row(
     Args:
         tuned_tokens: the batch that the rate was tuned at: within the overhead it is left only for a gain in time that
             is worth scaling the rate by a rule.
+        tuned_least_frac: its overhead by the upper end of B_crit's interval: within the allowed, it is not left for a
+            smaller one, because a batch that may be right is better than a rate that nobody tuned (on two cores, 128
+            tokens at the scaled rate ended .35 nat behind 1,024 at the tuned one: recipes/LOG.md).
         most_tokens: no larger batch is taken, whatever it saves.
     """
     allowed = [row for row in rows if row.overhead_frac <= overhead_max_frac]
+    tuned = next((row for row in rows if row.batch_tokens == tuned_tokens), None)
+    if tuned is not None and tuned not in allowed and (tuned_least_frac or math.inf) <= overhead_max_frac:
+        return Choice(
+            row=tuned,
+            why=f"the rate was tuned at it, and B_crit is not known well enough to leave it: {tuned.overhead_frac:.0%} "
+            f"more tokens than a small batch would need by its value, {tuned_least_frac:.0%} by the upper end of its "
+            "interval",
+        )
     if not allowed:
         row = rows[0]
         return Choice(

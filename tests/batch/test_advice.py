@@ -192,6 +192,24 @@ def test_without_a_speed_the_overhead_alone_decides() -> None:
     assert choice.row.batch_tokens == 2 and "no speed is known" in choice.why
 
 
+def test_a_tuned_rate_is_left_for_a_smaller_batch_only_where_b_crit_is_known_well_enough() -> None:
+    rows = [row_of(128, 0.09, 44), row_of(256, 0.18, 28), row_of(1024, 0.7, 22)]
+    stays = table.choose_row(rows, tuned_tokens=1024, tuned_least_frac=0.1)
+    assert stays.row.batch_tokens == 1024 and "70% more tokens" in stays.why and "10% by the upper end" in stays.why
+    assert table.choose_row(rows, tuned_tokens=1024, tuned_least_frac=0.3).row.batch_tokens == 256
+    assert table.choose_row(rows).row.batch_tokens == 256
+
+
+def test_advice_reads_the_upper_end_of_the_interval() -> None:
+    ladder = make_ladder(lr=LrTable(at_batch_tokens=4096))
+
+    def batch_of(factor: float) -> int:
+        return advised({"a": simple(4_000, factor)}, settings=make_settings(ladder)).rungs[0].batch_tokens
+
+    assert batch_of(100) == 4096, "B_crit may be 400,000"
+    assert batch_of(1.2) < 1024
+
+
 def test_a_batch_that_cannot_be_small_enough_is_said() -> None:
     choice = table.choose_row([row_of(128, 0.5, 10), row_of(256, 1.0, 5)])
     assert choice.row.batch_tokens == 128 and "50% more tokens" in choice.why
