@@ -1,10 +1,8 @@
 """What a lab's numbers say, sentence by sentence; every one of them follows from the data."""
 
-import importlib.resources
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from homelab_scaling.fit.diagnose import about_fits
 from homelab_scaling.fit.laws import AXIS_LETTER, AXIS_UNIT
@@ -16,11 +14,13 @@ from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
 from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture, Section
+from homelab_scaling.report.seeds import seeds
 from homelab_scaling.report.tables import laws, predictions, what_was_run
 from homelab_scaling.report.tuning import tuning
 from homelab_scaling.report.words import (
     duration,
     in_brackets,
+    ladder_file,
     machine_words,
     main_fit,
     money,
@@ -45,6 +45,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *laws(view),
         *evidence(view),
         *tuning(view),
+        *seeds(view),
         *batches(view, images(pictures, "batch")),
         *figures(pictures),
         *weaknesses(view),
@@ -295,9 +296,7 @@ def _ranges(report: FitReport) -> str:
 
 def how_to_repeat(view: LabView) -> list[Block]:
     """The commands that lead here, and from one row back to its run."""
-    shipped = Path(str(importlib.resources.files("homelab_scaling.recipes"))) / "ladders" / f"{view.name}.toml"
-    ladder = f"recipes/ladders/{view.name}.toml" if shipped.is_file() else f"{view.name}.toml"
-    lines = [f"homelab run {ladder}                # everything below in one; goes on where it stopped"]
+    lines = [f"homelab run {ladder_file(view.name)}                # everything below in one; goes on where it stopped"]
     if view.fit is not None:
         f = view.fit
         lines.append(

@@ -1,5 +1,8 @@
 """Small phrases that every part of a report uses."""
 
+import importlib.resources
+from pathlib import Path
+
 from homelab_scaling.fit.result import Estimate, FitReport, ScalingFit
 from homelab_scaling.fit.words import between, brief, listed, number
 from homelab_scaling.report.collect import LabView
@@ -65,6 +68,12 @@ def value_text(e: Estimate) -> str:
 
 def interval_text(e: Estimate) -> str:
     return "–" if e.ci95 is None else between(*e.ci95)
+
+
+def ladder_file(name: str) -> str:
+    """Of which file a lab was made: a shipped one, or the user's own by its name."""
+    shipped = Path(str(importlib.resources.files("homelab_scaling.recipes"))) / "ladders" / f"{name}.toml"
+    return f"recipes/ladders/{name}.toml" if shipped.is_file() else f"{name}.toml"
 
 
 def machine_words(view: LabView) -> str:
