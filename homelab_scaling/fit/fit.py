@@ -414,7 +414,7 @@ def _no_slice(law: Law, name: ObjectiveName, table: Table, excluded: Sequence[Ex
 
 def _with_ranges(poor: ScalingFit, law: Law, table: Table, rows: Slice) -> tuple[ScalingFit, Draws | None]:
     """The same refusal with intervals: what the points leave open, where they are too few to choose within it."""
-    if not law.splits or len(rows.rows) < 3:
+    if not law.splits or len(rows.rows) < underdetermined.FEWEST:
         return poor, None
     problem = _pose(law, table, rows)
     places = underdetermined.places_of(problem.columns)

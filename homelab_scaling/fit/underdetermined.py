@@ -13,6 +13,8 @@ from homelab_scaling.fit.solve import minimise
 
 SEED_NOISE_LOG = 0.003
 """Assumed, because nothing is left over to measure it: what another seed would move a small model's loss."""
+FEWEST = 3
+"""Two points rule out nothing at all."""
 N_EXPONENTS = 1024
 PLAUSIBLE_EXPONENT = 1.5
 """Steeper than any published language-model law; without a limit the set would have none."""

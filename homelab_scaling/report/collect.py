@@ -12,8 +12,9 @@ from homelab_scaling import codec
 from homelab_scaling.batch.advice import BatchAdvice, read_advice
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit.result import FitReport, load_fit
-from homelab_scaling.ladder import Reference
+from homelab_scaling.ladder import Horizons, Reference
 from homelab_scaling.plan.counting import count_params, flops_per_token
+from homelab_scaling.plan.parts import PublishedRung
 from homelab_scaling.report.noise import BatchAt, BatchStudy, Noise, batch_events, noise_lines
 from homelab_scaling.report.study import Study
 from homelab_scaling.runs import Excluded, Row, RunFolder, RunRecord, read_rows, run_folders
@@ -95,6 +96,10 @@ class LabView:
     planned_shapes: tuple[tuple[str, ModelShape], ...] = ()
     """Rung and shape, by plan.json."""
     n_vocab_planned: int | None = None
+    horizons: Horizons | None = None
+    """The ladder's, by plan.json."""
+    published: tuple[PublishedRung, ...] = ()
+    """The published tokens of its rungs."""
 
     @cached_property
     def batches(self) -> BatchStudy:
@@ -145,6 +150,8 @@ def collect(lab: Path) -> LabView:
         reference=_read_reference(plan, missing),
         planned_shapes=_planned_shapes(plan),
         n_vocab_planned=plan["n_vocab"] if isinstance(plan.get("n_vocab"), int) else None,
+        horizons=_read_horizons(plan),
+        published=_read_published(plan),
     )
 
 
@@ -157,6 +164,19 @@ def _read_reference(plan: dict[str, Any], missing: list[str]) -> Reference | Non
     except HomelabError as error:
         missing.append(f"The published experiment cannot be read ({error}).")
         return None
+
+
+def _read_horizons(plan: dict[str, Any]) -> Horizons | None:
+    """None where the plan is of an older version."""
+    with contextlib.suppress(HomelabError):
+        return codec.from_plain(plan.get("horizons"), Horizons, "plan.json: horizons")
+    return None
+
+
+def _read_published(plan: dict[str, Any]) -> tuple[PublishedRung, ...]:
+    with contextlib.suppress(HomelabError, TypeError):
+        return tuple(codec.from_plain(one, PublishedRung, "plan.json") for one in plan.get("published") or ())
+    return ()
 
 
 def _planned_shapes(plan: dict[str, Any]) -> tuple[tuple[str, ModelShape], ...]:

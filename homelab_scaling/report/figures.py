@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from homelab_scaling.report import batch_plots, fit_plots, plots
+from homelab_scaling.report import batch_plots, fit_plots, isoflop_plots, plots
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.parts import Draw, Nothing
 from homelab_scaling.report.style import DARK, DPI, LIGHT, themed
@@ -109,7 +109,7 @@ FIGURES: tuple[Kind, ...] = (
         "flatten towards the right, the model is too small to use more text.",
     ),
     Kind(
-        draw=fit_plots.isoflop_curves,
+        draw=isoflop_plots.isoflop_curves,
         title="Loss at equal compute",
         caption="Each colour is one budget. Dots are measured losses; where no budget was run at several sizes they "
         "are read between the rows of a size. Dotted is a parabola as in Approach 2, solid the fitted surface; its "

@@ -1,20 +1,19 @@
-"""Figures of the fits: isoFLOP curves, residuals, draws of the exponents, predictions of what was held out."""
+"""Figures of the fits: residuals, draws of the exponents, predictions of what was held out."""
 
 from typing import Any
 
 import numpy as np
 
 from homelab_scaling.fit.catalogue import CATALOGUE
-from homelab_scaling.fit.isoflop import DRAWN_SIZES, find_budgets
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.onlaw import JointLaw
 from homelab_scaling.fit.reconcile import CHINCHILLA_A, KAPLAN_A
 from homelab_scaling.fit.result import Estimate
-from homelab_scaling.fit.slices import Table, levels
+from homelab_scaling.fit.slices import Table
 from homelab_scaling.fit.words import brief, short
 from homelab_scaling.report.collect import LabView
-from homelab_scaling.report.parts import LOSS, SIZE, TOKENS, Nothing, dot, drawn_of, log_log
+from homelab_scaling.report.parts import SIZE, TOKENS, Nothing, dot, drawn_of
 from homelab_scaling.report.style import Theme, label_lines, log_axis, ordered_colours
 from homelab_scaling.report.words import COUNTS
 
@@ -51,102 +50,6 @@ def residuals(plt: Any, view: LabView, theme: Theme) -> Any:
     panels[0].set_ylabel("Measured above fitted loss (%)")
     _above_panels(figure, f"Residuals of {joint.law.title}")
     return figure
-
-
-# -------------------------------------------------------------------------------------------------------------- isoFLOP
-
-
-def isoflop_curves(plt: Any, view: LabView, theme: Theme) -> Any:
-    """Loss against N at each compute budget: what was measured, its parabola, the fitted surface and its minimum."""
-    table, joint = view.study.table, view.study.joint
-    if table is None:
-        raise Nothing("there is no fit with its points")
-    shown, interpolated = _budgets(table)
-    if not shown:
-        raise Nothing("no compute budget is shared by two sizes")
-    colours = ordered_colours([budget[0] for budget in shown], theme, scale="plasma")
-    figure, axes = plt.subplots(figsize=(8.4, 5.0))
-    n = table.columns["n_params"]
-    reach = (float(n.min()) / 1.6, float(n.max()) * 1.6)
-    labels: list[tuple[float, float, str, Any]] = []
-    seen: list[float] = []
-    for flops, sizes, losses in shown:
-        colour = colours[flops]
-        axes.plot(sizes, losses, "o", ms=6.5, color=colour, mec=theme.background, mew=1.0, zorder=5)
-        seen.extend(losses)
-        if len(levels(sizes)) >= DRAWN_SIZES:
-            x = np.geomspace(float(sizes.min()), float(sizes.max()), 80)
-            curve = np.polynomial.Polynomial.fit(np.log(sizes), losses, 2)
-            axes.plot(x, curve(np.log(x)), color=colour, lw=1.4, ls=(0, (1.2, 1.6)), zorder=3)
-        if joint is not None:
-            x = np.geomspace(*reach, 240)
-            surface = np.exp(_log_loss(joint, x, flops / _flops_per_token(table, x)))
-            axes.plot(x, surface, color=colour, lw=1.5, zorder=2)
-            best = int(np.argmin(surface))
-            if 0 < best < len(x) - 1:
-                axes.plot(x[best], surface[best], "*", ms=13, color=colour, mec=theme.background, mew=0.8, zorder=6)
-                seen.append(float(surface[best]))
-        labels.append((float(sizes.max()), float(losses[int(np.argmax(sizes))]), f"{flops:.1e}", colour))
-    log_log(axes, reach, seen)
-    axes.set_xlabel(SIZE)
-    axes.set_ylabel(LOSS)
-    axes.set_title("Loss at equal compute (FLOPs at the dots)")
-    _isoflop_key(axes, theme, interpolated=interpolated, joint=joint)
-    label_lines(axes, labels)
-    return figure
-
-
-def _flops_per_token(table: Table, n: Array) -> Array:
-    """Training FLOPs per token at sizes between (or beyond) the table's own."""
-    c = table.columns
-    own = [(float(c["n_params"][r].mean()), float((c["flops"][r] / c["n_tokens"][r]).mean())) for r in _sizes(table)]
-    sizes, rates = np.array(own).T
-    return np.asarray(6 * n * np.interp(np.log(n), np.log(sizes), rates / (6 * sizes)))
-
-
-def _sizes(table: Table) -> list[Any]:
-    return levels(table.columns["n_params"])
-
-
-def _budgets(table: Table) -> tuple[list[tuple[float, Array, Array]], bool]:
-    """(C, sizes, losses) of the budgets that were run at three sizes; where few were, read between each size's rows."""
-    n, flops, losses = table.columns["n_params"], table.columns["flops"], table.losses
-    found = find_budgets(flops, n)
-    if 2 * sum(len(b.rows) for b in found) >= len(n):
-        chosen = [found[i] for i in sorted({round(i) for i in np.linspace(0, len(found) - 1, MAX_BUDGETS)})]
-        return [(b.flops, n[b.rows], losses[b.rows]) for b in chosen], False
-    curves = [rows[np.argsort(flops[rows], kind="stable")] for rows in _sizes(table)]
-    ends = np.array([(flops[rows[0]] * 0.9999, flops[rows[-1]] * 1.0001) for rows in curves])
-    grid = np.geomspace(ends.min(), ends.max(), 400)
-    held = ((grid[:, None] >= ends[:, 0]) & (grid[:, None] <= ends[:, 1])).sum(axis=1)
-    shared = grid[held >= SHARED_SIZES]
-    if len(shared) == 0:
-        return [], True
-    apart = np.log(shared[-1] / shared[0]) / np.log(MIN_APART)
-    result = []
-    for c in np.geomspace(shared[0], shared[-1], int(np.clip(1 + apart, 1, MAX_BUDGETS))):
-        inside = [rows for rows, (low, high) in zip(curves, ends, strict=True) if low <= c <= high]
-        at = [np.exp(np.interp(np.log(c), np.log(flops[rows]), np.log(losses[rows]))) for rows in inside]
-        if len(inside) >= SHARED_SIZES:
-            result.append((float(c), np.array([n[rows].mean() for rows in inside]), np.array(at)))
-    return result, True
-
-
-def _isoflop_key(axes: Any, theme: Theme, *, interpolated: bool, joint: JointLaw | None) -> None:
-    from matplotlib.lines import Line2D
-
-    def mark(**style: Any) -> Any:
-        return Line2D([], [], color=theme.faint, **style)
-
-    measured = "between a size's own rows" if interpolated else "measured"
-    handles = [
-        mark(marker="o", ls="", label=measured),
-        mark(lw=1.4, ls=(0, (1.2, 1.6)), label="parabola through three or more"),
-    ]
-    if joint is not None:
-        handles.append(mark(lw=1.5, label=f"fitted {joint.law.title}"))
-        handles.append(mark(marker="*", ms=11, ls="", label="its minimum: the best size"))
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, borderaxespad=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ exponents

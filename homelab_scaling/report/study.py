@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from homelab_scaling.errors import HomelabError
+from homelab_scaling.fit import diagnose, underdetermined
 from homelab_scaling.fit.card import FitCard, Training, fit_card
 from homelab_scaling.fit.catalogue import joint_fit, must_be_as_trained
-from homelab_scaling.fit.laws import get_law
+from homelab_scaling.fit.laws import CHINCHILLA, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import parse_objective
 from homelab_scaling.fit.onlaw import JointLaw, LawCheck, TrunkCurve, check_curve, check_decayed
@@ -21,6 +22,7 @@ from homelab_scaling.fit.resample import FEW_RUNS
 from homelab_scaling.fit.result import FitReport, HoldOut
 from homelab_scaling.fit.slices import Table, tabulate
 from homelab_scaling.fit.solve import solve
+from homelab_scaling.fit.underdetermined import Profile
 from homelab_scaling.plan.counting import count_params
 from homelab_scaling.runs import LossPoint, to_point
 
@@ -67,6 +69,21 @@ class Study:
             return tabulate(apply_count(apply_compute(tuple(report.points), compute_of(report)), count_of(report)))
         except HomelabError:
             return None
+
+    @cached_property
+    def left_open(self) -> Profile | None:
+        """How well L(N, D) can have each value of its exponents, where the rows are too few to fit it.
+
+        None where they are enough, or where no such law passes through them.
+        """
+        table = self.table
+        if table is None or len(table.losses) < underdetermined.FEWEST:
+            return None
+        if diagnose.too_few(CHINCHILLA, table, np.arange(len(table.losses))) is None:
+            return None
+        columns = {axis: table.columns[axis] for axis in CHINCHILLA.axes}
+        posed = CHINCHILLA.pose(columns, table.losses)
+        return underdetermined.profile(CHINCHILLA, posed, table.losses, underdetermined.places_of(columns))
 
     @cached_property
     def reconciliation(self) -> Reconciliation | None:

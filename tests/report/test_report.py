@@ -21,7 +21,7 @@ from homelab_scaling.fit.fit import fit_points
 from homelab_scaling.fit.points import read_points
 from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
 from homelab_scaling.fit.result import load_fit, save_fit
-from homelab_scaling.report import fit_plots, tensorboard
+from homelab_scaling.report import fit_plots, isoflop_plots, tensorboard
 from homelab_scaling.report.collect import collect
 from homelab_scaling.report.document import Grid, Heading, Image, Paragraph, inline, to_html, to_markdown
 from homelab_scaling.report.figures import FIGURES, NoPicture, Picture, draw_all
@@ -191,7 +191,7 @@ def test_isoflop_rows_are_drawn_as_they_were_measured(tmp_path):
     report = fit_points(points, laws=("chinchilla",), n_bootstrap=0)
     view = replace(collect(tmp_path), fit=report)
     with themed(LIGHT) as plt:
-        axes = fit_plots.isoflop_curves(plt, view, LIGHT).axes[0]
+        axes = isoflop_plots.isoflop_curves(plt, view, LIGHT).axes[0]
         dots = [line for line in axes.lines if line.get_marker() == "o" and line.get_linestyle() == "None"]
         stars = [line for line in axes.lines if line.get_marker() == "*"]
         assert sorted(len(line.get_xdata()) for line in dots) == [7, 7, 7]
