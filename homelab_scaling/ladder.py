@@ -17,6 +17,7 @@ from homelab_scaling.specs import (
     ScheduleName,
     Sharding,
     WatchLimits,
+    check_mixture,
     require,
 )
 
@@ -38,7 +39,17 @@ class DataTable:
     val_frac: float = 0.02
     """Share of the documents held out for validation, chosen by content hash."""
     max_bytes: int | None = None
-    """Stop reading text after this many bytes; None reads everything."""
+    """Bytes of text to use, both halves together and repetitions counted, spread over the sources by hash (of a hub
+    stream: its beginning); None uses everything."""
+    weights: tuple[float, ...] = ()
+    """Parts of the training bytes, one per source in order, in any unit such as [0.7, 0.3]. With max_bytes a source too
+    small for its part is repeated; without, the corpus is the largest in which none is."""
+    epochs: tuple[float, ...] = ()
+    """Or: times each source's text is in the training half, in order, such as [1, 2.5]; then max_bytes, where it is
+    less than that, shrinks all alike."""
+    near_duplicates: float | None = None
+    """Drop documents whose Jaccard similarity with another one (sets of five words in a row) is this or more, 0.8 as a
+    rule; None drops exact duplicates only. Wants the extra [dedup]."""
     max_epochs: float = 4.0
     """The plan refuses a run that would pass over the training text more often than this."""
 
@@ -47,6 +58,19 @@ class DataTable:
         require(0 < self.val_frac < 0.5, f"data.val_frac = {self.val_frac}, wants a share between 0 and 0.5")
         require(
             self.max_bytes is None or self.max_bytes > 0, f"data.max_bytes = {self.max_bytes}, wants a positive number"
+        )
+        mixed = bool(self.weights or self.epochs or self.near_duplicates is not None)
+        require(
+            self.shards is None or not mixed,
+            "data.shards names finished shards, which weights, epochs and near_duplicates cannot change; remove them, "
+            "or remove shards to build anew",
+        )
+        check_mixture(
+            len(self.sources),
+            weights=self.weights,
+            epochs=self.epochs,
+            near_duplicates=self.near_duplicates,
+            table="data.",
         )
         require(self.max_epochs > 0, f"data.max_epochs = {self.max_epochs}, wants a positive number")
 

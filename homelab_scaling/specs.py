@@ -6,6 +6,7 @@ segments of one run without changing its result. Every class checks itself when 
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -180,6 +181,33 @@ class Split:
     def fingerprint(self) -> str:
         """Hash over the files' hashes: the same tokens in the same order."""
         return stable_hash([file.sha256 for file in self.files])
+
+
+def check_mixture(
+    n_sources: int,
+    *,
+    weights: tuple[float, ...] = (),
+    epochs: tuple[float, ...] = (),
+    near_duplicates: float | None = None,
+    table: str = "",
+) -> None:
+    """Raises SpecError unless these say how to mix so many sources; `table` is what the keys are called by."""
+    require(
+        not (weights and epochs), f"found both {table}weights and {table}epochs; give one of them, the other follows"
+    )
+    for key, values in (("weights", weights), ("epochs", epochs)):
+        said = f"{table}{key} = {list(values)}"
+        require(
+            len(values) in (0, n_sources), f"{said}, wants one number for each of the {n_sources} sources, in order"
+        )
+        require(
+            all(0 < value < math.inf for value in values),
+            f"{said}, wants positive numbers; leave out a source that is not wanted",
+        )
+    require(
+        near_duplicates is None or 0 < near_duplicates <= 1,
+        f"{table}near_duplicates = {near_duplicates}, wants a Jaccard similarity above 0 and at most 1, such as 0.8",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,7 @@ def _ours(texts: list[str], tokenizer: FileTokenizer, path: Path) -> int:
         yield batch
 
     n_workers = choose_workers(None, tokenizer, sum(map(len, texts)))
-    with BinWriter(path) as file:
+    with BinWriter(path, "uint16") as file:
         for encoded in encode_batches(batches(), tokenizer, np.uint16, n_workers):
             file.write(encoded.train)
     return file.n_tokens

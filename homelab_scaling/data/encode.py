@@ -48,6 +48,8 @@ class Encoded:
 
     train: npt.NDArray[Any]
     val: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    """Ids of each document, its end of text included."""
     n_bytes: int
 
 
@@ -94,7 +96,8 @@ def _encode(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Encoded
     for document, held_out in zip(ids, batch.held_out, strict=True):
         halves[held_out].extend((document.astype(dtype), end))
     train, val = (np.concatenate(half) if half else np.empty(0, dtype) for half in halves)
-    return Encoded(train=train, val=val, n_bytes=batch.n_bytes)
+    lengths = np.array([len(document) + 1 for document in ids], dtype=np.int64)
+    return Encoded(train=train, val=val, lengths=lengths, n_bytes=batch.n_bytes)
 
 
 class _Worker:

@@ -30,11 +30,12 @@ from homelab_scaling.data.build import (
 )
 from homelab_scaling.data.foreign import Dtype, Facts, find_bins, foreign_manifest
 from homelab_scaling.data.manifest import MANIFEST, open_stream, read_manifest, verify_files
+from homelab_scaling.data.near_duplicates import load_minhash
 from homelab_scaling.data.sources import make_source
 from homelab_scaling.data.tokenizers import Tokenizer, check_tokenizer, load_tokenizer
 from homelab_scaling.errors import DataError, MachineError
 from homelab_scaling.runs import flock
-from homelab_scaling.specs import CorpusManifest
+from homelab_scaling.specs import CorpusManifest, check_mixture
 
 __all__ = ["Progress", "Report", "Shards", "build_shards", "open_shards"]
 
@@ -67,6 +68,9 @@ def build_shards(
     text_field: str = "text",
     val_frac: float = 0.02,
     max_bytes: int | None = None,
+    weights: Sequence[float] = (),
+    epochs: Sequence[float] = (),
+    near_duplicates: float | None = None,
     n_workers: int | None = None,
     n_vocab: int | None = None,
     eot_id: int | Literal["none"] | None = None,
@@ -81,13 +85,17 @@ def build_shards(
         out: the folder to make; a finished corpus of the same request and the same text is returned as it is.
         text_field: of .jsonl, .parquet and hub rows.
         val_frac: share of the documents held out (survey.RULE).
-        max_bytes: cap on the text [bytes]; files are sampled by content hash, a hub stream is cut.
+        max_bytes: cap on the text, repetitions counted [bytes]; files are sampled by content hash, a hub stream is cut.
+        weights: parts of the training bytes, one per source in order; see data/mixture.py.
+        epochs: or passes over each source; without either every document stands there once.
+        near_duplicates: Jaccard similarity from which a document is dropped (data/near_duplicates.py).
         n_workers: encoding processes; None takes one per core.
         n_vocab: of token files that are taken over.
         eot_id: of token files that are taken over; "none" if they have none.
         progress: called after every batch.
 
     Raises:
+        SpecError: weights, epochs or near_duplicates that cannot be.
         DataError: a source, the text or the tokenizer is not what it should be, or `out` holds something else.
         MachineError: another build is at work in `out`, no space, a missing package, the hub out of reach.
     """
@@ -100,6 +108,9 @@ def build_shards(
         max_bytes=max_bytes,
         n_vocab=n_vocab,
         eot_id=None if eot_id is None else str(eot_id),
+        weights=tuple(map(float, weights)),
+        epochs=tuple(map(float, epochs)),
+        near_duplicates=near_duplicates,
     )
     _check_request(request, n_workers)
     out = Path(os.path.abspath(out))
@@ -159,8 +170,21 @@ def _check_request(request: BuildRequest, n_workers: int | None) -> None:
     for name, value in (("max_bytes", request.max_bytes), ("workers", n_workers)):
         if value is not None and value < 1:
             raise DataError(f"{name} = {value}, wants 1 or more")
+    check_mixture(
+        len(request.sources),
+        weights=request.weights,
+        epochs=request.epochs,
+        near_duplicates=request.near_duplicates,
+    )
     if not _is_foreign(request):
         check_tokenizer(request.tokenizer)
+        if request.near_duplicates is not None:
+            load_minhash()
+    elif request.weights or request.epochs or request.near_duplicates is not None:
+        raise DataError(
+            f"{request.sources[0]}: weights, epochs and near_duplicates are for text, and this is a folder of finished "
+            "token files; leave them out"
+        )
 
 
 def _is_foreign(request: BuildRequest) -> bool:

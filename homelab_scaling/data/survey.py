@@ -1,10 +1,11 @@
-"""What a build learns in its first reading, and what it chooses: duplicates out, cap, held-out half, tokenizer sample.
+"""What a build learns in its first reading, and what it chooses: duplicates out, cap or mixture, held-out half,
+tokenizer sample.
 
 Every choice depends on the documents' content, never on their order or on the file system. The two 64-bit halves of a
 document's hash play separate parts: the first orders documents (cap, tokenizer sample), the second decides what is held
 out, so that a capped corpus is not all validation.
 
-Memory: 28 bytes per document while reading, about three times that while choosing; 10 GB of web pages, 2 million
+Memory: 32 bytes per document while reading, about three times that while choosing; 10 GB of web pages, 2 million
 documents, want under 200 MB.
 """
 
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from homelab_scaling.data import mixture
 from homelab_scaling.data.files import Document, utf8
+from homelab_scaling.data.mixture import Wish
 from homelab_scaling.errors import DataError
 
 DROPPED, TRAIN, VAL = 0, 1, 2
@@ -30,6 +33,13 @@ RULE = (
     "groups in the order of their names' SHA-256, until val_frac of the bytes is reached, passing over groups that "
     "would exceed 1.5 times that"
 )
+MIXED_RULE = (
+    "; of every source so much that the held-out text has the shares of the mixture, nothing of it twice and nothing "
+    "of it trained on"
+)
+
+Drop = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.bool_]]
+"""Documents in the order in which they are preferred -> which of them are nearly another one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,8 @@ class Survey:
     groups: npt.NDArray[np.int32]
     """Index into group_names; -1 for a document on its own."""
     group_names: tuple[str, ...]
+    sources: npt.NDArray[np.int32]
+    """Which source each document came from."""
 
     @property
     def text_hash(self) -> str:
@@ -57,9 +69,21 @@ class Choice:
     """DROPPED, TRAIN or VAL."""
     in_sample: npt.NDArray[np.bool_]
     """Training documents that a tokenizer is trained on."""
-    n_duplicates: int
+    copies: npt.NDArray[np.int32]
+    """How often a training document is trained on per pass; 0 for all others."""
+    n_exact: tuple[int, ...]
+    """Exact duplicates dropped, by source."""
+    n_near: tuple[int, ...]
+    """Near duplicates dropped, by source."""
+    have_bytes: tuple[int, ...]
+    """Text that could be trained on, by source: neither dropped as a duplicate nor held out."""
     n_bytes: int
-    """Of text, both halves."""
+    """Of text, both halves, each document once."""
+
+    @property
+    def n_duplicates(self) -> int:
+        """Exact duplicates."""
+        return sum(self.n_exact)
 
 
 def content_digest(text: bytes) -> bytes:
@@ -67,51 +91,68 @@ def content_digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()[:16]
 
 
-def read_survey(documents: Iterable[Document], tick: Callable[[int], None]) -> Survey:
-    """Hash, size and group of every document."""
-    digests, sizes, groups = bytearray(), array("q"), array("i")
+def read_survey(sources: Iterable[Iterable[Document]], tick: Callable[[int], None]) -> Survey:
+    """Hash, size, group and source of every document.
+
+    Args:
+        sources: the documents of each.
+        tick: called with the bytes of each document.
+    """
+    digests, sizes, groups, numbers = bytearray(), array("q"), array("i"), array("i")
     names: dict[str, int] = {}
-    for document in documents:
-        text = utf8(document.text, document.name)
-        digests += content_digest(text)
-        sizes.append(len(text))
-        groups.append(-1 if document.group is None else names.setdefault(document.group, len(names)))
-        tick(len(text))
+    for number, documents in enumerate(sources):
+        for document in documents:
+            text = utf8(document.text, document.name)
+            digests += content_digest(text)
+            sizes.append(len(text))
+            groups.append(-1 if document.group is None else names.setdefault(document.group, len(names)))
+            numbers.append(number)
+            tick(len(text))
     return Survey(
         digests=np.frombuffer(bytes(digests), dtype=">u8").astype(np.uint64).reshape(-1, 2),
         sizes_bytes=np.asarray(sizes, dtype=np.int64),
         groups=np.asarray(groups, dtype=np.int32),
         group_names=tuple(names),
+        sources=np.asarray(numbers, dtype=np.int32),
     )
 
 
-def choose(survey: Survey, *, val_frac: float, max_bytes: int | None) -> Choice:
-    """Duplicates out (the first stays), cap by hash order, then the two halves.
+def choose(
+    survey: Survey, *, val_frac: float, max_bytes: int | None, wish: Wish | None = None, near: Drop | None = None
+) -> Choice:
+    """Duplicates out (of equal documents the first stays), near duplicates too, cap by hash order, then the two halves.
+
+    Args:
+        wish: how sources are mixed; None takes every document once.
+        near: finds near duplicates; None looks for none.
 
     Raises:
-        DataError: there is no text, or one of the halves would be empty.
+        DataError: there is no text, one of the halves would be empty, or the mixture cannot be made of it.
     """
     n = len(survey.sizes_bytes)
     if n == 0:
         raise DataError("the sources hold no text at all; give others")
-    high, low = survey.digests[:, 0], survey.digests[:, 1]
-    order = np.lexsort((low, high))  # stable: equal documents stay in source order
-    fresh = np.ones(n, dtype=np.bool_)
-    fresh[1:] = (survey.digests[order[1:]] != survey.digests[order[:-1]]).any(axis=1)
-    kept = order[fresh]
-    n_duplicates = n - len(kept)
-    if max_bytes is not None:
-        fits = np.cumsum(survey.sizes_bytes[kept]) <= max_bytes
-        kept = kept[fits]
+    n_sources = len(wish.names) if wish else int(survey.sources.max()) + 1
+    kept, exact = _without_copies(survey)
+    is_near = near(kept) if near else np.zeros(len(kept), dtype=np.bool_)
+    n_near = np.bincount(survey.sources[kept[is_near]], minlength=n_sources)
+    kept = different = kept[~is_near]
+    mixed = wish is not None and not wish.is_plain
+    if max_bytes is not None and not mixed:
+        kept = kept[np.cumsum(survey.sizes_bytes[kept]) <= max_bytes]
     if len(kept) < 2:
-        cap = f" under max_bytes = {max_bytes}" if max_bytes is not None and len(kept) < n - n_duplicates else ""
+        cap = f" under max_bytes = {max_bytes}" if len(kept) < len(different) else ""
         raise DataError(
             f"found {len(kept)} different document{'s' if len(kept) != 1 else ''}{cap}; at least two are wanted, one "
             "to train on and one to hold out for validation, so give more text"
         )
     part = np.full(n, DROPPED, dtype=np.uint8)
     part[kept] = TRAIN
-    part[_held_out(survey, kept, val_frac)] = VAL
+    if mixed and wish is not None:
+        copies = _mix(survey, kept, part=part, wish=wish, val_frac=val_frac, max_bytes=max_bytes)
+    else:
+        part[_held_out(survey, kept, val_frac)] = VAL
+        copies = (part == TRAIN).astype(np.int32)
     for half, name in ((TRAIN, "training"), (VAL, "validation")):
         if not (part == half).any():
             raise DataError(f"val_frac = {val_frac} leaves nothing for {name}; change it or give more text")
@@ -119,9 +160,60 @@ def choose(survey: Survey, *, val_frac: float, max_bytes: int | None) -> Choice:
     in_sample = np.zeros(n, dtype=np.bool_)
     n_sample = int(np.searchsorted(np.cumsum(survey.sizes_bytes[by_hash]), TOKENIZER_SAMPLE_BYTES, side="right"))
     in_sample[by_hash[: max(1, n_sample)]] = True
+    could_be_trained_on = different[part[different] != VAL]
     return Choice(
-        part=part, in_sample=in_sample, n_duplicates=n_duplicates, n_bytes=int(survey.sizes_bytes[kept].sum())
+        part=part,
+        in_sample=in_sample,
+        copies=copies,
+        n_exact=tuple(np.bincount(survey.sources[exact], minlength=n_sources).tolist()),
+        n_near=tuple(n_near.tolist()),
+        have_bytes=tuple(_bytes_by_source(survey, could_be_trained_on, n_sources).tolist()),
+        n_bytes=int(survey.sizes_bytes[part != DROPPED].sum()),
     )
+
+
+def _without_copies(survey: Survey) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The first of each set of equal documents, in the order of their hashes; and which documents are not such."""
+    order = np.lexsort((survey.digests[:, 1], survey.digests[:, 0]))  # stable: equal documents stay in source order
+    fresh = np.ones(len(order), dtype=np.bool_)
+    fresh[1:] = (survey.digests[order[1:]] != survey.digests[order[:-1]]).any(axis=1)
+    copies = np.ones(len(order), dtype=np.bool_)
+    copies[order[fresh]] = False
+    return order[fresh], copies
+
+
+def _bytes_by_source(survey: Survey, documents: npt.NDArray[np.int64], n_sources: int) -> npt.NDArray[np.int64]:
+    return mixture.by_source(survey.sizes_bytes[documents], survey.sources[documents], n_sources)
+
+
+def _mix(
+    survey: Survey,
+    kept: npt.NDArray[np.int64],
+    *,
+    part: npt.NDArray[np.uint8],
+    wish: Wish,
+    val_frac: float,
+    max_bytes: int | None,
+) -> npt.NDArray[np.int32]:
+    """Copies of every document; `part` gets what is held out, and loses what no copy of is wanted."""
+    n_sources = len(wish.names)
+    have = _bytes_by_source(survey, kept, n_sources)
+    mixed = mixture.mixed_bytes(wish, have, val_frac, max_bytes)
+    sources = survey.sources[kept]
+    for source in range(n_sources):
+        part[_held_out(survey, kept[sources == source], float(val_frac * mixed[source] / have[source]))] = VAL
+    train = kept[part[kept] == TRAIN]
+    have = _bytes_by_source(survey, train, n_sources)
+    if not have.all():
+        name = wish.names[int(np.argmin(have))]
+        raise DataError(f"{name}: val_frac = {val_frac} leaves nothing of it for training; give it more documents")
+    copies = np.zeros(len(part), dtype=np.int32)
+    for source, epochs in enumerate(mixture.wanted_epochs(wish, have, mixed, val_frac, max_bytes)):
+        mine = train[survey.sources[train] == source]
+        copies[mine] = mixture.copies(epochs, survey.sizes_bytes[mine])
+    part[(part == TRAIN) & (copies == 0)] = DROPPED
+    mixture.check_copies(wish, _bytes_by_source(survey, np.flatnonzero(copies), n_sources).tolist())
+    return copies
 
 
 def _held_out(survey: Survey, kept: npt.NDArray[np.int64], val_frac: float) -> npt.NDArray[np.int64]:

@@ -88,6 +88,9 @@ def ensure_corpus(experiment: Experiment) -> CorpusManifest:
             text_field=data.text_field,
             val_frac=data.val_frac,
             max_bytes=data.max_bytes,
+            weights=data.weights,
+            epochs=data.epochs,
+            near_duplicates=data.near_duplicates,
             progress=progress,
         )
 

@@ -70,7 +70,7 @@ def make_row(
         optimizer=science.optim.name,
         precision=science.precision,
         data_id=corpus.data_id,
-        n_tokens_unique=min(decay.horizon_tokens, corpus.train.n_tokens),
+        n_tokens_unique=corpus.unique_tokens(decay.horizon_tokens),
         seconds=whole.seconds,
         seconds_marginal=marginal.seconds,
         tokens_per_s=rate,

@@ -55,7 +55,7 @@ def test_every_document_is_there_in_order_and_ends(tmp_path_factory, texts: list
     manifest = build_shards([write_jsonl(folder / "a.jsonl", texts)], "bytes", folder / "out", val_frac=0.2)
     shards = open_shards(folder / "out", verify=True)
     documents = [Document(text=text, name="") for text in texts]
-    part = choose(read_survey(documents, lambda _: None), val_frac=0.2, max_bytes=None).part
+    part = choose(read_survey([documents], lambda _: None), val_frac=0.2, max_bytes=None).part
     for split, stream, half in ((manifest.train, shards.train, 1), (manifest.val, shards.val, VAL)):
         wanted = [text for text, p in zip(texts, part, strict=True) if p == half]
         found = documents_of(stream, 256)

@@ -19,7 +19,7 @@ texts = st.lists(st.text("abcé", min_size=1, max_size=12), min_size=3, max_size
 def pick(texts: list[str], groups: list[str] | None = None, **choice: object) -> Choice:
     names = groups or [None] * len(texts)
     documents = [Document(text=t, name=str(i), group=g) for i, (t, g) in enumerate(zip(texts, names, strict=True))]
-    return choose(read_survey(documents, lambda _: None), **{"val_frac": 0.3, "max_bytes": None} | choice)
+    return choose(read_survey([documents], lambda _: None), **{"val_frac": 0.3, "max_bytes": None} | choice)
 
 
 def by_text(texts: list[str], choice: Choice) -> dict[str, int]:
