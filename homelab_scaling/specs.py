@@ -25,7 +25,7 @@ CompileMode = Literal["default", "reduce-overhead"]
 """Of torch.compile: `reduce-overhead` replays CUDA graphs, for steps that wait for kernel launches."""
 
 MAX_WARMUP_FRAC = 0.10
-LATER_FIELDS = frozenset({"batch_warmup"})
+LATER_FIELDS = frozenset({"batch_warmup", "start"})
 """Of ScienceSpec; None in runs that were named before they existed."""
 
 
@@ -345,6 +345,8 @@ class ScienceSpec:
     val_tokens: int
     """Size of the full validation set, in tokens."""
     batch_warmup: BatchWarmup | None = None
+    start: str | None = None
+    """SHA-256 of the weights that training begins from (export/start.py); None begins from random ones."""
 
     def __post_init__(self) -> None:
         horizons = self.horizons_tokens
@@ -424,6 +426,8 @@ class ExecutionSpec:
     machine_frac: float = 1.0
     """Share of the machine that is this run's while others train beside it: of machine time, of stated watts, and of
     what the machine takes without its cards."""
+    start_from: str | None = None
+    """Folder of the model whose weights `ScienceSpec.start` names; not needed any more once there is a checkpoint."""
 
     def __post_init__(self) -> None:
         for key in ("n_processes", "microbatch_seqs_per_rank", "log_every_steps"):
