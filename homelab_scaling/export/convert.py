@@ -4,14 +4,13 @@ Ours are GPT-2 with a vocabulary padded to a multiple of 64 whose extra rows are
 real vocabulary only, so that no sampler can draw a token that does not exist, and the loss stays what it was.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from homelab_scaling import codec
 from homelab_scaling.errors import CheckpointError, DataError, MachineError, UserError
+from homelab_scaling.export.hf_tokenizer import quiet_transformers, to_hugging_face
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +116,6 @@ def from_trained(trained: "Trained", *, device: str = "cpu", tokenizer: Path | N
         DataError: its tokenizer is missing or another one.
         CheckpointError: its tensors do not fit its spec.
     """
-    from homelab_scaling.export.hf_tokenizer import to_hugging_face
     from homelab_scaling.export.trained import tokenizer_of
     from homelab_scaling.train.checkpoint import MODEL
 
@@ -180,7 +178,7 @@ def gpt2_of(
         CheckpointError: tensors are missing, or are not of this shape.
     """
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import GenerationConfig, GPT2LMHeadModel
 
     from homelab_scaling.train.model import gpt2_config
 
@@ -203,8 +201,7 @@ def gpt2_of(
             f"the weights do not fit the run's shape ({' '.join(str(error).split())[:200]})"
         ) from None
     model.tie_weights()
-    generation: Any = model.generation_config
-    generation.bos_token_id = generation.eos_token_id = generation.pad_token_id = eot_id
+    model.generation_config = GenerationConfig(bos_token_id=eot_id, eos_token_id=eot_id, pad_token_id=eot_id)
     return model
 
 
@@ -330,19 +327,3 @@ def _hash_of(folder: Path, facts: dict[str, Any]) -> str | None:
         return load_cutter(str(folder / "tokenizer.json")).hash
     except DataError:
         return None
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps transformers' bars and notes off the screen; what goes wrong is raised."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

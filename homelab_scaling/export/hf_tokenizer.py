@@ -1,6 +1,8 @@
 """Our tokenizers as Hugging Face's: the same ids for any text, nothing added, nothing cleaned up."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from homelab_scaling.data.tokenizers import EOT, N_BYTES, BytesTokenizer, FileTokenizer, Tokenizer
@@ -42,7 +44,8 @@ def to_hugging_face(tokenizer: Tokenizer, context_tokens: int) -> "PreTrainedTok
         split_special_tokens=True,
         model_input_names=["input_ids", "attention_mask"],
     )
-    check_same_ids(tokenizer, made)
+    with quiet_transformers():  # about texts longer than the context
+        check_same_ids(tokenizer, made)
     return made
 
 
@@ -99,3 +102,19 @@ def letters_of_bytes() -> list[str]:
     seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [b for b in range(N_BYTES) if b not in seen]
     return [chr(b) if b in seen else chr(N_BYTES + hidden.index(b)) for b in range(N_BYTES)]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' bars and notes off the screen; what goes wrong is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -199,3 +199,8 @@ def refuse_lab(source: Path) -> None:
         names = sorted(p.name for p in (source / "runs").iterdir() if p.is_dir() and not p.name.startswith("."))
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         raise UserError(f"{source} is a whole lab; name one of its runs in {source / 'runs'} ({shown or 'none yet'})")
+
+
+def public_source(source: str) -> str:
+    """A source of text as a stranger may read it: of a path only its last part."""
+    return Path(source).name if "/" in source and not source.startswith("hf:") else source
