@@ -3,13 +3,16 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from homelab_scaling import cli
 from homelab_scaling.errors import DataError
 from homelab_scaling.specs import CorpusManifest
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,15 @@ class Args:
     val_frac: float = 0.02
     """Share of the documents held out for validation, chosen by content hash."""
     max_bytes: int | None = None
-    """Use at most this many bytes of text, spread over the sources by hash (of a hub stream: its beginning)."""
+    """Use at most this many bytes of text, repetitions counted, spread over the sources by hash (of a hub stream: its
+    beginning)."""
+    weights: tuple[float, ...] = ()
+    """Parts of the training bytes, one per source in order, such as `--weights 0.7 0.3`. Under --max-bytes a source too
+    small for its part is repeated; without, the corpus is the largest in which none is."""
+    epochs: tuple[float, ...] = ()
+    """Or: how often each source is in the training text, in order, such as `--epochs 1 2.5`."""
+    near_duplicates: float | None = None
+    """Drop documents this similar to another one: Jaccard of their sets of five words in a row, 0.8 as a rule."""
     workers: int | None = None
     """Processes that encode; one per core if not given."""
     n_vocab: int | None = None
@@ -52,6 +63,9 @@ def main(args: Args) -> int:
             text_field=args.text_field,
             val_frac=args.val_frac,
             max_bytes=args.max_bytes,
+            weights=args.weights,
+            epochs=args.epochs,
+            near_duplicates=args.near_duplicates,
             n_workers=args.workers,
             n_vocab=args.n_vocab,
             eot_id=_eot_id(args.eot_id),
@@ -76,6 +90,8 @@ def _print_table(manifest: CorpusManifest, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from homelab_scaling.data import shares
+
     table = Table(title=f"{out}  ({manifest.tokenizer}, {manifest.n_vocab:,} ids, {manifest.dtype})")
     table.add_column("")
     for name in ("tokens", "bytes", "bytes/token", "documents"):
@@ -85,13 +101,27 @@ def _print_table(manifest: CorpusManifest, out: Path) -> None:
         table.add_row(name, f"{split.n_tokens:,}", _count(split.n_bytes), ratio, _count(split.n_documents))
     console = Console()
     console.print(table)
+    if len(manifest.mixture) > 1 or manifest.n_tokens_unique < manifest.train.n_tokens:
+        console.print(_sources_table(manifest))
     share = manifest.val.n_tokens / (manifest.val.n_tokens + manifest.train.n_tokens)
     console.print(
-        f"held out {share:.2%} of the tokens; {manifest.n_duplicates_dropped:,} duplicate documents dropped; "
-        f"data_id {manifest.data_id}",
+        f"held out {share:.2%} of the tokens; {shares.dropped_words(manifest)}; data_id {manifest.data_id}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _sources_table(manifest: CorpusManifest) -> "Table":
+    from rich.table import Table
+
+    from homelab_scaling.data import shares
+
+    table = Table(title="training text by source, repetitions counted")
+    for number, name in enumerate(shares.HEAD[: shares.BRIEF]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in shares.rows(manifest):
+        table.add_row(*row[: shares.BRIEF])
+    return table
 
 
 def _count(value: int | None) -> str:

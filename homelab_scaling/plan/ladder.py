@@ -160,7 +160,7 @@ def plan_ladder(
         box=box,
         n_vocab=n_vocab,
         vocab_basis=basis,
-        n_train_tokens=corpus.train.n_tokens if corpus else None,
+        n_train_tokens=corpus.n_tokens_unique if corpus else None,
         data_id=corpus.data_id if corpus else None,
         val_tokens=given.val_tokens,
         rungs=rungs,

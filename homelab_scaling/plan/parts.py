@@ -224,7 +224,7 @@ class Plan:
     n_vocab: int
     vocab_basis: str
     n_train_tokens: int | None
-    """Tokens of the training text; None where there is none yet."""
+    """Tokens of the training text, each document counted once; None where there is none yet."""
     data_id: str | None
     val_tokens: int
     rungs: tuple[RungPlan, ...]

@@ -12,7 +12,7 @@ from homelab_scaling.plan.parts import (
     Training,
 )
 from homelab_scaling.plan.rules import gap
-from homelab_scaling.specs import Precision
+from homelab_scaling.specs import NEARLY_AS_GOOD_EPOCHS, Precision
 
 FP32_BELOW_WIDTH_ON_CPU = 256
 """Narrower models gain nothing from bf16 on a CPU."""
@@ -147,7 +147,7 @@ def _horizon(given: Given, name: str, wish: float, batch: int, size: Size, *, sa
         tokens=tokens,
         n_steps=tokens // batch,
         tokens_per_param=tokens / size.n_params,
-        n_epochs=tokens / given.corpus.train.n_tokens if given.corpus else None,
+        n_epochs=tokens / given.corpus.n_tokens_unique if given.corpus else None,
         flops=tokens * size.flops_per_token.causal,
         flops_6nd=tokens * size.flops_per_token.six_n,
     )
@@ -178,9 +178,10 @@ def _distinct(name: str, horizons: tuple[HorizonPlan, ...], batch: int) -> tuple
 
 
 def _check_epochs(given: Given, name: str, longest: HorizonPlan) -> None:
+    _warn_of_sources(given, name, longest)
     if longest.n_epochs is None or given.corpus is None or longest.n_epochs <= 1:
         return
-    allowed, have = given.ladder.data.max_epochs, given.corpus.train.n_tokens
+    allowed, have = given.ladder.data.max_epochs, given.corpus.n_tokens_unique
     if longest.n_epochs > allowed:
         missing = longest.tokens / allowed - have
         raise SpecError(
@@ -192,6 +193,19 @@ def _check_epochs(given: Given, name: str, longest: HorizonPlan) -> None:
         f"rung {name}: {longest.tokens:,} tokens are {longest.n_epochs:.2f} passes over the training text; repeated "
         "text counts for less than new text, add some or shorten the horizon"
     )
+
+
+def _warn_of_sources(given: Given, name: str, longest: HorizonPlan) -> None:
+    """Names the sources of a mixture that a run reads more often than repeated text is good for."""
+    if given.corpus is None:
+        return
+    passes = longest.tokens / given.corpus.train.n_tokens
+    for share in given.corpus.mixture:
+        if share.epochs > 1 and share.epochs * passes > NEARLY_AS_GOOD_EPOCHS:
+            given.warn(
+                f"rung {name}: {longest.tokens:,} tokens read {share.name} {share.epochs * passes:.1f} times; up to "
+                f"{NEARLY_AS_GOOD_EPOCHS} times is nearly as good as new text, so lower its weight or give it more text"
+            )
 
 
 def _check_decays(given: Given, name: str, tokens: tuple[int, ...], batch: int, warmup: int) -> None:

@@ -9,6 +9,7 @@ from homelab_scaling.fit.result import Estimate, FitReport, ScalingFit
 from homelab_scaling.fit.words import listed, number, short
 from homelab_scaling.report.bills import energy_and_money
 from homelab_scaling.report.collect import LabView
+from homelab_scaling.report.corpus import sources
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading
 from homelab_scaling.report.words import (
     duration,
@@ -30,6 +31,7 @@ def what_was_run(view: LabView) -> list[Block]:
     lines = [*_machine_lines(view), *_text_lines(view), *_recipe_lines(view)]
     if lines:
         blocks.append(Bullets(items=tuple(lines)))
+    blocks += sources(view)
     if view.rows:
         blocks += [_rows_table(view), *energy_and_money(view)]
     unfinished = [run for run in view.runs if run.status != "finished"]
