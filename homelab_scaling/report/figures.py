@@ -4,13 +4,13 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from homelab_scaling.report import batch_plots, fit_plots, isoflop_plots, plots
+from homelab_scaling.report import batch_plots, fit_plots, isoflop_plots, plots, steps_plots
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.parts import Draw, Nothing
 from homelab_scaling.report.style import DARK, DPI, LIGHT, themed
 
 N_COLOURS = 128
-Section = Literal["figures", "batch"]
+Section = Literal["figures", "batch", "steps"]
 """Where a figure stands: in a section of figures, or with the text on batches."""
 
 
@@ -153,6 +153,14 @@ FIGURES: tuple[Kind, ...] = (
         title="Loss against steps",
         caption="Training loss of each run, smoothed (raw behind it). Thick lines are trunks at constant learning "
         "rate, thin ones the decays that branch off them; a dot is the held-out loss where a decay ended.",
+    ),
+    Kind(
+        draw=steps_plots.equal_steps_curves,
+        title="Every size for the same steps",
+        caption="Held-out loss of each run on the way, after its warm-up. On the right the same points against compute "
+        "in log-log; solid lines are least squares through one model's own points, dashed red a published slope, whose "
+        "height was not published. Points that leave their line mean that the slope depends on where one looks.",
+        section="steps",
     ),
     Kind(
         draw=batch_plots.noise_against_progress,

@@ -11,6 +11,7 @@ from homelab_scaling.errors import HomelabError
 from homelab_scaling.fit import diagnose, underdetermined
 from homelab_scaling.fit.card import FitCard, Training, fit_card
 from homelab_scaling.fit.catalogue import joint_fit, must_be_as_trained
+from homelab_scaling.fit.fit import fit_law
 from homelab_scaling.fit.laws import CHINCHILLA, get_law
 from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.objectives import parse_objective
@@ -19,8 +20,8 @@ from homelab_scaling.fit.points import apply_compute, apply_count
 from homelab_scaling.fit.predict import compute_of, count_of
 from homelab_scaling.fit.reconcile import N_DRAWS, Reconciliation, on_the_way, reconcile
 from homelab_scaling.fit.resample import FEW_RUNS
-from homelab_scaling.fit.result import FitReport, HoldOut
-from homelab_scaling.fit.slices import Table, tabulate
+from homelab_scaling.fit.result import FitReport, HoldOut, ScalingFit
+from homelab_scaling.fit.slices import MIN_LEVELS, Slice, Table, levels, tabulate
 from homelab_scaling.fit.solve import solve
 from homelab_scaling.fit.underdetermined import Profile
 from homelab_scaling.plan.counting import count_params
@@ -84,6 +85,32 @@ class Study:
         columns = {axis: table.columns[axis] for axis in CHINCHILLA.axes}
         posed = CHINCHILLA.pose(columns, table.losses)
         return underdetermined.profile(CHINCHILLA, posed, table.losses, underdetermined.places_of(columns))
+
+    @cached_property
+    def size_law(self) -> ScalingFit | None:
+        """L(N) at the largest D that three sizes share; where they share none, at the largest D / N that they share.
+
+        Published ladders are often of the second kind, and their exponent is then not that of N alone.
+        """
+        report, table = self.view.fit, self.table
+        fit = report.get("power-n") if report else None
+        if report is None or table is None or (fit is not None and fit.is_fitted):
+            return fit
+        n, d = table.columns["n_params"], table.columns["n_tokens"]
+        for rows in reversed(levels(d / n)):
+            if len(levels(n[rows])) < MIN_LEVELS:
+                continue
+            words = f"D = {float((d / n)[rows].mean()):.3g} N"
+            return fit_law(
+                get_law("power-n"),
+                table,
+                Slice(rows=rows, words=words, outside=f"not at {words}"),
+                excluded=(),
+                name=parse_objective(report.objective),
+                n_bootstrap=report.n_bootstrap,
+                rng=np.random.default_rng(report.seed),
+            )[0]
+        return fit
 
     @cached_property
     def reconciliation(self) -> Reconciliation | None:

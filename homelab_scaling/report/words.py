@@ -58,6 +58,21 @@ def money(dollars: float) -> str:
     return f"${dollars:,.2f}" if dollars >= 0.1 or dollars == 0 else f"${dollars:.2g}"
 
 
+def percent(share: float) -> str:
+    """3.6 %, 35 %, 0.0021 %."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.1f} %" if abs(value) >= 1 else f"{value:.2g} %"
+
+
+def flops_text(flops: float) -> str:
+    """1.2e18."""
+    return f"{flops:.3g}".replace("e+", "e")
+
+
+def gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.3g} GB"
+
+
 def rows_words(fit: ScalingFit) -> str:
     return fit.rows.split(":")[0]
 
