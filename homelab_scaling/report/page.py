@@ -9,6 +9,7 @@ from homelab_scaling.report import tensorboard
 from homelab_scaling.report.collect import collect
 from homelab_scaling.report.document import to_html, to_markdown
 from homelab_scaling.report.figures import NoPicture, Picture, draw_all
+from homelab_scaling.report.isoflop_study import write_isoflop_study
 from homelab_scaling.report.story import tell
 
 
@@ -37,6 +38,7 @@ def write_report(lab: Path) -> Path:
         tensorboard.write_summaries(lab / "tensorboard", view, drawn)
     except OSError as error:
         raise MachineError(f"{folder}: could not be written ({error.strerror}); free space or fix its rights") from None
+    write_isoflop_study(view, pictures)
     if view.study.card is not None:
         codec.write_json(folder / CARD_FILE, view.study.card)
     codec.write_text(folder / "report.md", to_markdown(title, blocks))

@@ -14,6 +14,7 @@ from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
 from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture, Section
+from homelab_scaling.report.isoflop_study import isoflop_study, other_pictures
 from homelab_scaling.report.seeds import seeds
 from homelab_scaling.report.tables import laws, predictions, what_was_run
 from homelab_scaling.report.tuning import tuning
@@ -40,6 +41,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
     """The whole report, the answer first."""
     return [
         *answer(view),
+        *isoflop_study(view, pictures),
         *what_was_run(view),
         *live(view),
         *laws(view),
@@ -47,7 +49,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *tuning(view),
         *seeds(view),
         *batches(view, images(pictures, "batch")),
-        *figures(pictures),
+        *figures(other_pictures(view, pictures)),
         *weaknesses(view),
         *predictions(view),
         *how_to_repeat(view),
