@@ -354,6 +354,8 @@ class Reference:
     n_models: int | None = None
     n_params: tuple[float, ...] = ()
     """Sizes, or at least the smallest and the largest."""
+    count: Literal["total", "body"] = "total"
+    """Which parameters these sizes count."""
 
     def __post_init__(self) -> None:
         require(self.source.strip() != "", "reference.source is empty; say in words what was published")
@@ -376,6 +378,11 @@ class Reference:
     def value(self, of: FigureName) -> float | None:
         """The published number; None where it was not published for the whole experiment."""
         return next((figure.value for figure in self.figures if figure.of == of and figure.rung is None), None)
+
+    @property
+    def largest(self) -> float | None:
+        """All parameters of the largest model; None where that was not said."""
+        return self.n_params[-1] if self.n_params and self.count == "total" else None
 
     @property
     def machine(self) -> str | None:

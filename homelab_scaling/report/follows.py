@@ -128,10 +128,9 @@ def _busy_with_what(reference: Reference, cards: Cards) -> str:
 
 def tokens(reference: Reference) -> str | None:
     """At most how many tokens a parameter the largest model can have seen."""
-    flops = reference.value("flops_total")
-    if flops is None or not reference.n_params:
+    flops, n = reference.value("flops_total"), reference.largest
+    if flops is None or n is None:
         return None
-    n = reference.n_params[-1]
     most = flops / (6 * n)
     return (
         f"Had all {flops_text(flops)} FLOPs gone to the largest model of {short(n)} parameters, it would have seen "
@@ -172,22 +171,22 @@ def saving(reference: Reference, memory: Memory | None) -> str | None:
     )
     if memory is not None:
         said += f" ({percent(memory.saved_of_state_frac)} for our {memory.rung}, whose embedding keeps 32-bit moments)"
-    peak, sizes = reference.value("peak_vram_bytes"), reference.n_params
-    if peak is None or not sizes:
+    peak, n = reference.value("peak_vram_bytes"), reference.largest
+    if peak is None or n is None:
         if memory is None:
             return f"{said}."
         of_ours = f"it is {percent(memory.saved_of_peak_frac)} for our {memory.rung}"
         return f"{said}. Of the peak, activations and all, {of_ours}."
-    saved = (MOMENT_BYTES - EIGHT_BIT_STATE_BYTES) * sizes[-1]
+    saved = (MOMENT_BYTES - EIGHT_BIT_STATE_BYTES) * n
     of_peak = saved / (peak + saved)
     if share * peak <= saved:
         return f"{said}; of a peak of {gigabytes(peak)} they save {percent(of_peak)}, so it can be of that, too."
     ours = "" if memory is None else f" ({percent(memory.saved_of_peak_frac)} for our {memory.rung})"
     return (
-        f"{said}. It cannot be of the peak: 8-bit moments save {gigabytes(saved)} at {short(sizes[-1])} parameters, "
+        f"{said}. It cannot be of the peak: 8-bit moments save {gigabytes(saved)} at {short(n)} parameters, "
         f"{percent(of_peak)} of a peak of {gigabytes(peak)} and what they saved{ours}; {percent(share)} of "
         f"{gigabytes(peak)} would be {gigabytes(share * peak)}, where all moments together take "
-        f"{gigabytes(MOMENT_BYTES * sizes[-1])}."
+        f"{gigabytes(MOMENT_BYTES * n)}."
     )
 
 

@@ -215,7 +215,8 @@ def _letters(text: str) -> str:
 
 
 def _sizes(view: LabView, reference: Reference) -> str:
-    sizes, ours = reference.n_params, sorted({row.n_params for row in view.rows})
+    body = reference.count == "body"
+    sizes, ours = reference.n_params, sorted({(row.n_body if body else None) or row.n_params for row in view.rows})
     if not sizes or not ours:
         return ""
     count = f"{reference.n_models} models " if reference.n_models else ""
@@ -223,7 +224,8 @@ def _sizes(view: LabView, reference: Reference) -> str:
     as_many = reference.n_models is None or reference.n_models == len(ours)
     if as_many and all(abs(a / b - 1) <= SAME_SIZE_FRAC for a, b in ends):
         return ""
-    said = f"theirs were {count}from {short(sizes[0])} to {short(sizes[-1])} parameters, ours are {len(ours)} from "
+    what = "parameters in their bodies" if body else "parameters"
+    said = f"theirs were {count}from {short(sizes[0])} to {short(sizes[-1])} {what}, ours are {len(ours)} from "
     said += f"{short(ours[0])} to {short(ours[-1])}"
     if ours[-1] < sizes[0]:
         said += f", all below their smallest (by {brief(sizes[0] / ours[-1])} and more)"
