@@ -12,9 +12,11 @@ from homelab_scaling.fit.words import brief, listed, number, short
 from homelab_scaling.report.batch import batches
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
+from homelab_scaling.report.equal_steps import steps_study
 from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture, Section
 from homelab_scaling.report.isoflop_study import isoflop_study, other_pictures
+from homelab_scaling.report.published import published
 from homelab_scaling.report.seeds import seeds
 from homelab_scaling.report.tables import laws, predictions, what_was_run
 from homelab_scaling.report.tuning import tuning
@@ -45,6 +47,8 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *what_was_run(view),
         *live(view),
         *laws(view),
+        *published(view),
+        *steps_study(view, images(pictures, "steps")),
         *evidence(view),
         *tuning(view),
         *seeds(view),
@@ -298,7 +302,10 @@ def _ranges(report: FitReport) -> str:
 
 def how_to_repeat(view: LabView) -> list[Block]:
     """The commands that lead here, and from one row back to its run."""
-    lines = [f"homelab run {ladder_file(view.name)}                # everything below in one; goes on where it stopped"]
+    n_seeds = len({row.seed for row in view.rows})
+    repeated = f" --seeds {n_seeds}" if n_seeds > 1 else ""
+    command = f"homelab run {ladder_file(view.name)}{repeated}"
+    lines = [f"{command}                # everything below in one; goes on where it stopped"]
     if view.fit is not None:
         f = view.fit
         lines.append(
