@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.words import listed
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunFolder, run_folders
@@ -53,7 +54,7 @@ def plan_with_seeds(ladder: Ladder, lab: Path, planner: Callable[[Ladder], Plan]
         named += [f"{len(begun) - NAMED_RUNS} more"] if len(begun) > NAMED_RUNS else []
         raise SpecError(
             f"--seeds {len(ladder.seeds)}, but {lab} has runs of other seeds too ({', '.join(map(str, seeds))}), which "
-            f"would fall out of the fit; leave --seeds out to go on with all of them, or delete {', '.join(named)}"
+            f"would fall out of the fit; leave --seeds out to go on with all of them, or delete {listed(named)}"
         )
     return plan
 

@@ -82,7 +82,7 @@ class Effect:
 
     name: str
     kind: str
-    """`rungs`, `horizons` or `rates`."""
+    """`rungs`, `horizons`, `rates` or `published`."""
     nats: float
     sds: float
     """In standard deviations of one run's loss."""
@@ -198,6 +198,16 @@ class Repeats:
                    noise95=noise)
             for rung, gain in gains
         ]  # fmt: skip
+
+    def of_published(self, rung: str, theirs: float) -> Effect | None:
+        """Our loss of a rung at its last horizon less a published one; None where it was not measured."""
+        cell = next((cell for cell in reversed(self.cells) if cell.rung == rung), None)
+        if (spread := self.spread) is None or cell is None:
+            return None
+        noise = spread.reach * spread.sd / math.sqrt(len(cell.rows))
+        nats = cell.mean - theirs
+        name = f"{rung}: ours against the published {theirs:g}"
+        return Effect(name=name, kind="published", nats=nats, sds=nats / spread.sd, noise95=noise)
 
     @property
     def _rungs(self) -> list[str]:

@@ -15,6 +15,12 @@ from homelab_scaling.report.repeats import SAME_ORDER_P, Cell, Effect, Repeats, 
 from homelab_scaling.report.words import duration, in_brackets, ladder_file, main_fit, money, plural, sentence
 
 TITLE = "What the seed alone does"
+KINDS = {
+    "rungs": "neighbouring sizes",
+    "horizons": "neighbouring horizons",
+    "rates": "better rates",
+    "published": "published losses",
+}
 ADVISED_SEEDS = 3
 MAX_NAMED = 6
 """Differences smaller than what seeds do that are named one by one."""
@@ -103,10 +109,11 @@ def _lead(repeats: Repeats, spread: Spread, effects: Sequence[Effect]) -> str:
     if not effects:
         return text
     beyond = sum(effect.is_beyond for effect in effects)
+    kinds = [words for kind, words in KINDS.items() if any(effect.kind == kind for effect in effects)]
     verdict = "all" if beyond == len(effects) else "none" if beyond == 0 else str(beyond)
     return (
-        f"{text} Of the {len(effects)} difference{plural(len(effects))} that this report shows between neighbouring "
-        f"sizes, horizons and rates, {verdict} {'is' if beyond == 1 else 'are'} larger than what seeds do."
+        f"{text} Of the {len(effects)} difference{plural(len(effects))} that this report shows ({listed(kinds)}), "
+        f"{verdict} {'is' if beyond == 1 else 'are'} larger than what seeds do."
     )
 
 
@@ -153,7 +160,10 @@ def _spread_cells(spread: Spread) -> tuple[str, str, str]:
 
 def _effects(view: LabView, repeats: Repeats) -> list[Effect]:
     """Everything that a report shows as a difference, measured in seeds."""
-    return [*repeats.between_rungs, *repeats.between_horizons, *repeats.of_rates(_gains(view))]
+    figures = view.reference.figures if view.reference else ()
+    losses = [(figure.rung, figure.value) for figure in figures if figure.of == "loss_nats" and figure.rung]
+    published = [effect for rung, loss in losses if (effect := repeats.of_published(rung, loss)) is not None]
+    return [*repeats.between_rungs, *repeats.between_horizons, *repeats.of_rates(_gains(view)), *published]
 
 
 def _gains(view: LabView) -> list[tuple[str, float]]:
@@ -175,7 +185,7 @@ def _shown(effects: Sequence[Effect]) -> list[Effect]:
         rung = effect.name.split(":")[0]
         if rung not in least or effect.nats < least[rung].nats:
             least[rung] = effect
-    return [*last.values(), *least.values(), *(e for e in effects if e.kind == "rates")]
+    return [*last.values(), *least.values(), *(e for e in effects if e.kind in ("rates", "published"))]
 
 
 def _effect_table(effects: Sequence[Effect], spread: Spread) -> Grid:
@@ -239,6 +249,9 @@ def _exponent(view: LabView, repeats: Repeats) -> list[str]:
     beside = ""
     if exponent is not None and exponent.value is not None and exponent.ci95 is not None:
         beside = f"; the fit over all runs says {brief(exponent.value)}{in_brackets(exponent)}"
+    theirs = view.reference.value("exponent_n") if view.reference else None
+    if theirs is not None and sd > 0:
+        beside += f"; the published {theirs:g} is {abs(mean - theirs) / sd:.1f} such SDs from their mean"
     return [f"the exponent of L(N) at D = {short(tokens)} seed by seed is {each} (SD {sd:.4f}){beside}"]
 
 
