@@ -19,7 +19,7 @@ from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ddp_times import DdpMeasurement
 from homelab_scaling.plan.given import Given
 from homelab_scaling.plan.nominal import not_one_budget, published_rungs
-from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Totals
+from homelab_scaling.plan.parts import AdvisedBatch, Launch, Plan, RungPlan, Start, Totals
 from homelab_scaling.plan.rung import plan_rung
 from homelab_scaling.plan.tuned import TunedRates, cost_words
 from homelab_scaling.specs import CorpusManifest, ExecutionSpec, RunSpec, Schedule, ScienceSpec, make_run_id
@@ -107,6 +107,7 @@ def plan_ladder(
     tuned: TunedRates | None = None,
     watts: float | None = None,
     folder: Path = Path(),
+    start: Start | None = None,
 ) -> Plan:
     """Everything that follows from a ladder, a corpus and a machine.
 
@@ -119,6 +120,7 @@ def plan_ladder(
         tuned: rates tuned on the smallest rungs, for a ladder with [lr] bracket.
         watts: stated power of the whole machine under load.
         folder: what a tokenizer's path is relative to.
+        start: the weights that rungs of its shape begin from, where the ladder names some.
 
     Raises:
         SpecError: the ladder cannot be run as written.
@@ -139,9 +141,12 @@ def plan_ladder(
         tuned=tuned,
         watts=watts,
         warn=warnings.append,
+        start=start,
     )
     rungs = tuple(plan_rung(given, rung) for rung in ladder.rungs)
     warnings.extend(_across_rungs(ladder, rungs))
+    if start is not None:
+        warnings.append(_about_start(start, n_vocab, rungs))
     if (
         tuning := cost_words(ladder, rungs, {r.name for r in tuned.rungs} | set(tuned.kept) if tuned else ())
     ) is not None:
@@ -170,6 +175,7 @@ def plan_ladder(
         warnings=tuple(dict.fromkeys(warnings)),
         runs=runs,
         seeds=ladder.seeds,
+        reference=ladder.reference,
         horizons=ladder.horizons,
         published=published_rungs(ladder, [rung.size for rung in rungs]),
     )
@@ -247,6 +253,35 @@ def _across_rungs(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> list[str]:
     return found
 
 
+def _about_start(start: Start, n_vocab: int, rungs: tuple[RungPlan, ...]) -> str:
+    """What beginning from another model's weights means for this ladder, in a sentence or two.
+
+    Raises:
+        SpecError: it has another vocabulary, or no rung has its shape.
+    """
+    if start.n_vocab != n_vocab:
+        raise SpecError(
+            f"train.start = {start.name!r} has {start.n_vocab:,} token ids, the ladder's tokenizer {n_vocab:,}; cut the "
+            "text with the checkpoint's own tokenizer"
+        )
+    begun = [rung for rung in rungs if rung.size.shape == start.shape]
+    if not begun:
+        s = start.shape
+        raise SpecError(
+            f"train.start = {start.name!r} has n_layer {s.n_layer}, d_model {s.d_model}, n_head {s.n_head}, "
+            f"context_tokens {s.context_tokens} and {'a tied' if s.tied else 'its own'} output head, as no rung has; "
+            "give one that shape"
+        )
+    names = ", ".join(rung.name for rung in begun)
+    others = ", ".join(rung.name for rung in rungs if rung not in begun)
+    apart = f"; {others} begin from random weights" if others else ""
+    return (
+        f"rung {names} begins from the weights of {start.name}{apart}. What those were trained with is in none of its "
+        f"figures, so its rows belong to no law of models from random weights; its peak rate of "
+        f"{begun[0].training.lr_peak:.2g} is meant for those, too: fine-tuning wants less, set its lr_peak"
+    )
+
+
 def _totals(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> Totals:
     def total(values: list[float | None]) -> float | None:
         known = [v for v in values if v is not None]
@@ -269,6 +304,7 @@ def _run_spec(
     given: Given, corpus: CorpusManifest, *, rung: RungPlan, launch: Launch, seed: int, shards: str
 ) -> RunSpec:
     ladder, training, placement = given.ladder, rung.training, rung.placement
+    start = given.start if given.start is not None and given.start.shape == rung.size.shape else None
     science = ScienceSpec(
         shape=rung.size.shape,
         n_vocab=given.n_vocab,
@@ -289,6 +325,7 @@ def _run_spec(
         seed=seed,
         val_tokens=given.val_tokens,
         batch_warmup=rung.batch_warmup,
+        start=start.sha256 if start is not None else None,
     )
     table = ladder.train
     execution = ExecutionSpec(
@@ -307,6 +344,7 @@ def _run_spec(
         curve_every_tokens=launch.curve_every_tokens,
         noise_every_steps=launch.noise_every_steps,
         predicted_s=launch.seconds,
+        start_from=start.folder if start is not None else None,
     )
     return RunSpec(
         run_id=make_run_id(rung.name, science),
