@@ -253,7 +253,7 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTable:
-    """[train]: how runs are executed; only `precision` is part of a run's identity."""
+    """[train]: how runs are executed; only `precision` and `start` are part of a run's identity."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the device computes it in hardware, fp32 otherwise; resolved once, at plan time."""
@@ -277,11 +277,15 @@ class TrainTable:
     """A checkpoint at the first log boundary after this many seconds."""
     checkpoint_every_steps: int | None = None
     """A checkpoint every this many steps as well."""
+    start: str | None = None
+    """A Hugging Face GPT-2 whose weights rungs of its shape begin from instead of random ones: a folder (relative to the
+    ladder file; also one of `homelab export`) or a name on the hub. Its vocabulary must be that of the corpus."""
 
     def __post_init__(self) -> None:
         for key in ("processes", "microbatch_seqs_per_rank", "log_every_steps", "checkpoint_every_steps"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"train.{key} = {value}, wants 1 or more")
+        require(self.start != "", "train.start is empty; name a folder or a model on the hub, or remove the line")
         require(self.checkpoint_every_s > 0, f"train.checkpoint_every_s = {self.checkpoint_every_s}, wants over 0")
 
 

@@ -97,6 +97,8 @@ class Row:
     peak_vram_bytes: int | None = None
     family: str = "gpt2"
     """Architecture; laws of different families do not mix."""
+    start: str | None = None
+    """SHA-256 of the weights that the run began from; None: random ones."""
 
     @property
     def joules_per_token(self) -> float | None:
@@ -189,6 +191,7 @@ class LossPoint:
     kwh: float | None = None
     c_min_flops: float | None = None
     s_min_steps: float | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

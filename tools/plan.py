@@ -54,6 +54,7 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.batch.advice import advised_batches
     from homelab_scaling.batch.bracket import tuned_rates
+    from homelab_scaling.plan.begin import start_of
     from homelab_scaling.plan.cost import measured_rates
     from homelab_scaling.plan.ddp_times import read_ddp
     from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
@@ -83,6 +84,7 @@ def main(args: Args) -> int:
             tuned=tuned_rates(args.lab / ladder.name),
             watts=args.watts,
             folder=path.parent,
+            start=start_of(ladder, path, corpus, shards),
         )
 
     plan = plan_with_seeds(ladder, args.lab / ladder.name, planner, asked=args.seeds is not None)

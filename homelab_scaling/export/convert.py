@@ -238,7 +238,7 @@ def from_hugging_face(folder: Path, *, device: str = "cpu") -> Portable:
     )
 
 
-def check_hugging_face(folder: Path) -> None:
+def check_hugging_face(folder: Path, *, with_tokenizer: bool = True) -> None:
     """Refuses what is no Hugging Face folder, or half of one.
 
     Raises:
@@ -250,11 +250,9 @@ def check_hugging_face(folder: Path) -> None:
             f"{folder}: neither a run (no spec.json), nor a checkpoint, nor a Hugging Face model (no config.json); "
             "give LAB/LADDER/runs/RUN or an exported folder"
         )
-    missing = [
-        what
-        for what, names in (("config.json", ("config.json",)), (_WEIGHTS[0], _WEIGHTS), (_TOKENIZERS[0], _TOKENIZERS))
-        if not there & set(names)
-    ]
+    wanted = [("config.json", ("config.json",)), (_WEIGHTS[0], _WEIGHTS)]
+    wanted += [(_TOKENIZERS[0], _TOKENIZERS)] if with_tokenizer else []
+    missing = [what for what, names in wanted if not there & set(names)]
     if missing:
         raise UserError(f"{folder}: half a model, {' and '.join(missing)} missing; export or download it again")
 

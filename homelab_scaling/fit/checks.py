@@ -18,7 +18,7 @@ from homelab_scaling.fit.resample import clusters
 from homelab_scaling.fit.result import Estimate
 from homelab_scaling.fit.slices import Table, levels
 from homelab_scaling.fit.solve import Optimum, refit
-from homelab_scaling.fit.words import brief, short
+from homelab_scaling.fit.words import brief, listed, short
 from homelab_scaling.runs import LossPoint
 
 Rows = NDArray[np.int64]
@@ -148,6 +148,7 @@ def influence(
 def table_checks(points: Sequence[LossPoint]) -> list[str]:
     """Everything the rows as given betray, before any law is fitted."""
     said = [mixed_counts(points), mixed_flops(points), unfinished(points), repeated(points), double_descent(points)]
+    said.append(not_from_scratch(points))
     return [*few_levels(points), *(s for s in said if s is not None)]
 
 
@@ -166,6 +167,19 @@ def few_levels(points: Sequence[LossPoint]) -> list[str]:
                 f"{AXIS_LETTER[column]}, and a law in it is two points joined; {remedy}"
             )
     return said
+
+
+def not_from_scratch(points: Sequence[LossPoint]) -> str | None:
+    """Rows of runs that began from another model's weights, whose tokens are not all the tokens behind the loss."""
+    begun = [name for name, point in zip(_names(points), points, strict=True) if point.start is not None]
+    if not begun:
+        return None
+    named = listed(begun) if len(begun) <= 3 else f"{begun[0]}, ..."
+    return (
+        f"{len(begun)} of {len(points)} rows ({named}) come from runs that began from another model's weights: the "
+        "tokens and FLOPs behind those are not in D and C, so this is no law of training from random weights; fit the others "
+        "alone, from a CSV without these"
+    )
 
 
 def mixed_counts(points: Sequence[LossPoint]) -> str | None:

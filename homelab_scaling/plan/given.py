@@ -7,7 +7,7 @@ from homelab_scaling.box import Box
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan.cost import MeasuredRate
 from homelab_scaling.plan.ddp_times import DdpMeasurement
-from homelab_scaling.plan.parts import AdvisedBatch
+from homelab_scaling.plan.parts import AdvisedBatch, Start
 from homelab_scaling.plan.tuned import TunedRates
 from homelab_scaling.specs import CorpusManifest
 
@@ -29,3 +29,5 @@ class Given:
     """Measured batches by rung, for those to which the ladder gives none."""
     tuned: TunedRates | None = None
     """Rates tuned on the smallest rungs, where the ladder asks for that."""
+    start: Start | None = None
+    """The weights that rungs of its shape begin from."""

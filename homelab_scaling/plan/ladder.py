@@ -261,8 +261,8 @@ def _about_start(start: Start, n_vocab: int, rungs: tuple[RungPlan, ...]) -> str
     """
     if start.n_vocab != n_vocab:
         raise SpecError(
-            f"train.start = {start.name!r} has {start.n_vocab:,} token ids, the ladder's tokenizer {n_vocab:,}; cut the "
-            "text with the checkpoint's own tokenizer"
+            f"train.start = {start.name!r} has {start.n_vocab:,} token ids, the ladder's tokenizer {n_vocab:,}; cut "
+            "the text with the checkpoint's own tokenizer"
         )
     begun = [rung for rung in rungs if rung.size.shape == start.shape]
     if not begun:

@@ -15,6 +15,20 @@ BatchBasis = Literal["measured", "bound", "forecast", "prior"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """A checkpoint whose weights rungs of its shape begin from (export/start.py)."""
+
+    name: str
+    """As the ladder says."""
+    folder: str
+    """Where it lies, absolute."""
+    sha256: str
+    """Of its weights."""
+    shape: ModelShape
+    n_vocab: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlopsPerToken:
     """Training FLOPs per token under every convention in use."""
 

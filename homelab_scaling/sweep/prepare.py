@@ -15,6 +15,7 @@ from homelab_scaling.data.progress import show_progress
 from homelab_scaling.data.shards import build_shards, open_shards
 from homelab_scaling.errors import SpecError
 from homelab_scaling.ladder import Ladder
+from homelab_scaling.plan.begin import start_of
 from homelab_scaling.plan.cost import measured_rates
 from homelab_scaling.plan.ddp_times import read_ddp
 from homelab_scaling.plan.ladder import find_corpus, plan_ladder, read_ladder, shards_folder
@@ -117,6 +118,7 @@ def make_plan(
         advised=advised_batches(experiment.lab) if advised else None,
         tuned=tuned_rates(experiment.lab) if advised and tuned else None,
         folder=experiment.ladder_file.parent,
+        start=start_of(experiment.ladder, experiment.ladder_file, corpus, experiment.shards),
     )
     return plan_with_seeds(experiment.ladder, experiment.lab, planner, asked=experiment.seeds_asked)
 

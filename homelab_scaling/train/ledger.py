@@ -53,6 +53,7 @@ def make_row(
         seed=science.seed,
         n_params=counts.n_params,
         n_tokens=decay.horizon_tokens,
+        start=science.start,
         loss_nats=result.loss_nats,
         loss_se_nats=result.loss_se_nats,
         bpb=result.bpb,

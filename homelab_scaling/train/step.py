@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homelab_scaling.errors import HomelabError
+from homelab_scaling.errors import CheckpointError, HomelabError
 from homelab_scaling.runs import RunFolder
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train import oom, oom_notes, sharded
@@ -57,6 +57,8 @@ class Stepper:
             loss_path=choices.loss_path,
             recompute=self.execution.activation_checkpointing,
         )
+        self.why_no_start = self._load_start()
+        """Why the weights that the run begins from are not in the model; what has a checkpoint does without."""
         if choices.compile:
             self.model.compile_in_place(choices.compile_mode)
         self.wrapped, parts = sharded.wrap(accelerator, self.model, spec, os.environ)
@@ -76,6 +78,14 @@ class Stepper:
         self.first_interval = True
         """The interval holds compilation and cold caches, and so no honest rate."""
 
+    def _load_start(self) -> str | None:
+        """Puts the weights that the run begins from into the model, if not random ones; else says why not."""
+        if self.science.start is None:
+            return None
+        from homelab_scaling.export.start import load_start
+
+        return load_start(self.model, self.spec)
+
     @property
     def accumulation(self) -> int:
         """Micro-batches of an optimizer update, on this rank."""
@@ -91,6 +101,8 @@ class Stepper:
 
         A step is one optimizer update, or in a batch warm-up several, of one full batch together.
         """
+        if self.update == 0 and self.why_no_start is not None:
+            raise CheckpointError(self.why_no_start)
         n_parts, lr = self.split.n_updates, lr * self.split.lr_scale
         listen = self.noise.measures(self.step)
         loss, norm = self.do_part(0, lr, listen)
