@@ -4,13 +4,13 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from homelab_scaling.report import batch_plots, fit_plots, isoflop_plots, plots, steps_plots
+from homelab_scaling.report import batch_plots, evals, fit_plots, isoflop_plots, plots, steps_plots
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.parts import Draw, Nothing
 from homelab_scaling.report.style import DARK, DPI, LIGHT, themed
 
 N_COLOURS = 128
-Section = Literal["figures", "batch", "steps"]
+Section = Literal["figures", "batch", "steps", "evals"]
 """Where a figure stands: in a section of figures, or with the text on batches."""
 
 
@@ -202,5 +202,13 @@ FIGURES: tuple[Kind, ...] = (
         "checkpoint. The line is the hyperbola at the fitted B_crit with the band of its interval; a dot far above it "
         "is a batch that needs another rate, or a stretch too short for it.",
         section="batch",
+    ),
+    Kind(
+        draw=evals.scores,
+        title="Scores against loss and compute",
+        caption="A dot is a model with its 95 % interval, each colour one size; to the right the loss falls and the "
+        "compute grows. A score that stays at chance while the loss falls is beyond models of this size; one that "
+        "follows the loss is predicted by the law, as far as the line goes.",
+        section="evals",
     ),
 )

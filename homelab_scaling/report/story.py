@@ -13,6 +13,7 @@ from homelab_scaling.report.batch import batches
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Commands, Facts, Grid, Heading, Image, Paragraph
 from homelab_scaling.report.equal_steps import steps_study
+from homelab_scaling.report.evals import evaluations
 from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture, Section
 from homelab_scaling.report.isoflop_study import isoflop_study, other_pictures
@@ -53,6 +54,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *tuning(view),
         *seeds(view),
         *batches(view, images(pictures, "batch")),
+        *evaluations(view, images(pictures, "evals")),
         *figures(other_pictures(view, pictures)),
         *weaknesses(view),
         *predictions(view),

@@ -1,0 +1,125 @@
+"""Scores against loss and against compute: two panels for each task, a dot with its interval for each model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from homelab_scaling import codec
+from homelab_scaling.evals.compare import Evaluated
+from homelab_scaling.evals.results import Score
+from homelab_scaling.fit.words import short
+
+PICTURE = "scores.png"
+FEWEST_MODELS = 2
+MOST_TASKS = 8
+HIGH, WIDE = 2.6, 9.6
+"""Of a task's row [inches]."""
+AXES = (("loss_nats", "Held-out loss (nats per token), falling"), ("flops", "Training compute C (FLOPs)"))
+
+
+def why_not_drawn(models: Sequence[Evaluated]) -> str | None:
+    """In words why there is nothing to draw; None if there is."""
+    return None if drawn_tasks(models) else "fewer than two models with a known loss were asked the same task"
+
+
+def drawn_tasks(models: Sequence[Evaluated]) -> list[str]:
+    """Tasks that two models or more, whose loss and compute are known, have a score of."""
+    known = [model for model in models if model.about.loss_nats is not None and model.about.flops is not None]
+    names = dict.fromkeys(name for model in known for name in model.scores)
+    return [name for name in names if sum(name in model.scores for model in known) >= FEWEST_MODELS][:MOST_TASKS]
+
+
+def draw(plt: Any, models: Sequence[Evaluated], theme: Any) -> Any:
+    """The figure, in a theme of report.style."""
+    from homelab_scaling.report.style import ordered_colours
+
+    tasks = drawn_tasks(models)
+    known = [model for model in models if model.about.loss_nats is not None and model.about.flops is not None]
+    colours = ordered_colours([model.about.n_params or 0 for model in known], theme)
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(WIDE, HIGH * len(tasks) + 0.5), squeeze=False, sharey="row")
+    for row, task in enumerate(tasks):
+        asked = [model for model in known if task in model.scores]
+        for column, (axis, label) in enumerate(AXES):
+            _panel(axes[row][column], task, asked, axis=axis, colours=colours, theme=theme)
+            if row == len(tasks) - 1:
+                axes[row][column].set_xlabel(label)
+        axes[row][0].set_title(_title(asked[0].scores[task]))
+        axes[row][0].set_ylabel("score")
+    _legend(figure, colours, theme)
+    figure.tight_layout()
+    return figure
+
+
+def _panel(
+    axes: Any, task: str, models: Sequence[Evaluated], *, axis: str, colours: dict[float, Any], theme: Any
+) -> None:
+    from homelab_scaling.report.style import log_axis
+
+    places = [float(getattr(model.about, axis)) for model in models]
+    for size in sorted({model.about.n_params or 0 for model in models}):
+        mine = sorted((x, model.scores[task]) for x, model in zip(places, models, strict=True) if _is(model, size))
+        mine = [(x, score) for x, score in mine if score.whole.score is not None]
+        axes.plot([x for x, _ in mine], [score.whole.score for _, score in mine], color=colours[size], lw=1.1, zorder=3)
+        for x, score in mine:
+            _dot(axes, x, score, colours[size], theme)
+    chance = models[0].scores[task].chance
+    if chance is not None:
+        axes.axhline(chance, color=theme.faint, lw=1.0, ls="--", zorder=2)
+        axes.annotate(
+            "chance",
+            (0.99, chance),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=theme.faint,
+            fontsize=8.5,
+        )
+    low, high = min(places), max(places)
+    low, high = (low * 0.97, high * 1.03) if axis == "loss_nats" else (low / 1.5, high * 1.5)
+    axes.set_xscale("log")
+    axes.set_xlim((high, low) if axis == "loss_nats" else (low, high))
+    log_axis(axes.xaxis, low, high, form="plain" if axis == "loss_nats" else "power")
+
+
+def _is(model: Evaluated, size: float) -> bool:
+    return (model.about.n_params or 0) == size
+
+
+def _dot(axes: Any, x: float, score: Score, colour: Any, theme: Any) -> None:
+    whole = score.whole
+    assert whole.score is not None
+    if whole.low is not None and whole.high is not None:
+        axes.plot([x, x], [whole.low, whole.high], color=colour, lw=1.1, zorder=4)
+    axes.plot([x], [whole.score], "o", ms=6.5, color=colour, mec=theme.background, mew=1.0, zorder=5)
+
+
+def _title(score: Score) -> str:
+    better = "" if score.higher_is_better else ", lower is better"
+    return f"{score.task} ({score.metric.replace('_', ' ')}{better})"
+
+
+def _legend(figure: Any, colours: dict[float, Any], theme: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], marker="o", ls="", color=colour, mec=theme.background, label=f"N = {short(size)}")
+        for size, colour in colours.items()
+        if size
+    ]
+    if len(handles) > 1:
+        figure.legend(handles=handles, loc="outside upper right", ncols=min(6, len(handles)), fontsize=9)
+
+
+def write_picture(folder: Path, models: Sequence[Evaluated]) -> Path | None:
+    """scores.png in a folder of evaluations; None, and no old one left, where there is nothing to draw."""
+    from homelab_scaling.report.figures import to_png
+    from homelab_scaling.report.style import LIGHT, themed
+
+    path = folder / PICTURE
+    if why_not_drawn(models) is not None:
+        path.unlink(missing_ok=True)
+        return None
+    with themed(LIGHT) as plt:
+        codec.write_bytes(path, to_png(draw(plt, models, LIGHT)))
+    return path

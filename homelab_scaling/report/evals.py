@@ -1,0 +1,86 @@
+"""The section on what the models can do: scores with their errors and prices, and the warnings that go with them."""
+
+from typing import Any
+
+from homelab_scaling.errors import HomelabError
+from homelab_scaling.evals import plots, show
+from homelab_scaling.evals.compare import Evaluated, read_evaluated
+from homelab_scaling.evals.store import EVALS, stores
+from homelab_scaling.fit.words import short
+from homelab_scaling.report.collect import LabView
+from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Paragraph
+from homelab_scaling.report.parts import Nothing
+from homelab_scaling.report.style import Theme
+from homelab_scaling.report.words import sentence
+
+TITLE = "What the models can do"
+CAPTION = (
+    "Scores of `homelab eval` with their 95 % intervals. The clean part leaves out documents that share a run of 13 "
+    "words with the training text. Time is that of asking; a tilde marks energy from stated watts."
+)
+
+
+def evaluations(view: LabView, images: list[Block]) -> list[Block]:
+    """A line for each model and task, the figure, and what to know before believing them; nothing without scores."""
+    try:
+        models = evaluated_models(view)
+    except HomelabError as error:
+        return [Heading(text=TITLE), Paragraph(text=sentence(f"The evaluations cannot be read: {error}"))]
+    if not models:
+        return []
+    blocks: list[Block] = [Heading(text=TITLE), _scores(models), *images]
+    remarks = tuple(sentence(text) for text in show.remarks(models))
+    return [*blocks, Bullets(items=remarks)] if remarks else blocks
+
+
+def evaluated_models(view: LabView) -> list[Evaluated]:
+    """The models of LAB/<ladder>/evals that have a score, by compute.
+
+    Raises:
+        SpecError, DataError: a file of theirs is damaged.
+    """
+    found = [read_evaluated(store) for store in stores(view.path / EVALS)]
+    return sorted((one for one in found if one.scores), key=lambda one: (one.about.flops or 0.0, one.about.name))
+
+
+def scores(plt: Any, view: LabView, theme: Theme) -> Any:
+    """Scores against loss and compute."""
+    try:
+        models = evaluated_models(view)
+    except HomelabError:
+        models = []
+    if not models:
+        raise Nothing("")
+    why_not = plots.why_not_drawn(models)
+    if why_not is not None:
+        raise Nothing(why_not)
+    return plots.draw(plt, models, theme)
+
+
+def _scores(models: list[Evaluated]) -> Grid:
+    tasks = list(dict.fromkeys(name for model in models for name in model.scores))
+    rows = []
+    for task in tasks:
+        for model in models:
+            if (score := model.scores.get(task)) is None:
+                continue
+            rows.append(
+                (
+                    f"{task} ({score.metric.replace('_', ' ')})",
+                    model.about.name,
+                    "–" if model.about.loss_nats is None else f"{model.about.loss_nats:.3f}",
+                    show.score_text(score.whole, score.kind),
+                    show.chance_text(score),
+                    show.score_text(score.clean, score.kind) if score.clean is not None else "–",
+                    short(score.whole.n_documents),
+                    show.duration(score.seconds),
+                    show.kwh_text(score),
+                    show.usd_text(score),
+                )
+            )
+    return Grid(
+        head=("task", "model", "loss", "score", "chance", "clean part", "documents", "time", "kWh", "cost"),
+        rows=tuple(rows),
+        left=frozenset({"task", "model"}),
+        caption=CAPTION,
+    )
