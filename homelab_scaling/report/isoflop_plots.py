@@ -119,10 +119,12 @@ def isoflop_curves(plt: Any, view: LabView, theme: Theme) -> Any:
         seen.extend(budget.losses)
         if not interpolated:
             seen += _parabola(axes, budget, colour, theme)
-        if budget.flops is not None:
+        if budget.flops is None:
+            _costs_of_sizes(axes, budget, table, colour)
+        else:
             seen += _surface(axes, joint, table, budget.flops, reach=reach, colour=colour, theme=theme)
             _band(axes, through, table, budget.flops, reach=reach, colour=colour)
-        labels += _labels(budget, table, colour)
+        labels += _labels(budget, colour)
     log_log(axes, reach, seen)
     axes.set_xlabel(SIZE)
     axes.set_ylabel(LOSS)
@@ -149,24 +151,28 @@ def _parabola(axes: Any, budget: Budget, colour: Any, theme: Theme) -> list[floa
     curve = np.polynomial.Polynomial.fit(np.log(budget.sizes), budget.losses, 2)(np.log(x))
     axes.plot(x, curve, color=colour, lw=1.4, ls=DOTTED, zorder=3)
     best = minimum_of(budget)
-    if best is None:
-        return [float(curve.min())]
-    if best.ci95 is not None:
-        axes.plot(best.ci95, (best.loss_nats,) * 2, color=colour, lw=5, alpha=0.35, solid_capstyle="butt", zorder=2)
-    axes.plot(best.n_params, best.loss_nats, "D", ms=6, mfc=theme.background, mec=colour, mew=1.4, zorder=6)
-    if budget.n_sizes < MIN_SIZES:
-        axes.annotate(
-            "three sizes: no interval",
-            (best.n_params, best.loss_nats),
-            xytext=(0, -9),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=9,
-            color=theme.faint,
-            zorder=7,
-        )
+    if best is not None and budget.flops is not None:  # sizes that cost different amounts have no best one
+        if best.ci95 is not None:
+            axes.plot(best.ci95, (best.loss_nats,) * 2, color=colour, lw=5, alpha=0.35, solid_capstyle="butt", zorder=2)
+        axes.plot(best.n_params, best.loss_nats, "D", ms=6, mfc=theme.background, mec=colour, mew=1.4, zorder=6)
+        if budget.n_sizes < MIN_SIZES:
+            _aside(axes, best.n_params, best.loss_nats, "three sizes: no interval", theme)
     return [float(curve.min())]
+
+
+def _aside(axes: Any, x: float, y: float, text: str, theme: Theme) -> None:
+    """A remark below a point of a curve."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(0, -9),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=9,
+        color=theme.faint,
+        zorder=7,
+    )
 
 
 def _surface(
@@ -194,20 +200,31 @@ def _band(axes: Any, through: Draws | None, table: Table, flops: float, *, reach
     axes.fill_between(x, each.min(axis=0), each.max(axis=0), color=colour, alpha=0.16, lw=0, zorder=0)
 
 
-def _labels(budget: Budget, table: Table, colour: Any) -> list[tuple[float, float, str, Any]]:
-    """The budget beside its curve; of a nominal design what each size cost."""
-    if budget.flops is not None:
-        last = int(np.argmax(budget.sizes))
-        return [(float(budget.sizes[last]), float(budget.losses[last]), _cost(budget.flops), colour)]
-    labels = []
+def _labels(budget: Budget, colour: Any) -> list[tuple[float, float, str, Any]]:
+    """The budget beside its curve."""
+    if budget.flops is None:
+        return []
+    last = int(np.argmax(budget.sizes))
+    return [(float(budget.sizes[last]), float(budget.losses[last]), _cost(budget.flops), colour)]
+
+
+def _costs_of_sizes(axes: Any, budget: Budget, table: Table, colour: Any) -> None:
+    """What each size of a nominal design cost, above its dot."""
     for rows in levels(budget.sizes):
-        at = (float(budget.sizes[rows].mean()), float(budget.losses[rows].max()))
-        labels.append((*at, _cost(float(table.columns["flops"][rows].mean())), colour))
-    return labels
+        axes.annotate(
+            _cost(float(table.columns["flops"][rows].mean())),
+            (float(budget.sizes[rows].mean()), float(budget.losses[rows].max())),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=colour,
+            zorder=7,
+        )
 
 
 def _cost(flops: float) -> str:
-    return f"{flops:.2g} FLOPs".replace("e+", "e")
+    return f"{flops:.3g} FLOPs".replace("e+", "e")
 
 
 def _profile_panel(axes: Any, found: Profile, theme: Theme) -> None:
@@ -218,8 +235,9 @@ def _profile_panel(axes: Any, found: Profile, theme: Theme) -> None:
         if name not in found.exponents:
             continue
         letter = rf"$\{name}$"
-        axes.plot(found.exponents[name], 100 * found.miss_frac[name], "o-", ms=3.5, color=colour, lw=1.6, label=letter)
-        axes.axvline(published[name], color=colour, lw=1, ls=DOTTED, zorder=1)
+        line = "-" if name == "alpha" else (0, (3, 2))  # they lie on top of each other where nothing is ruled out
+        axes.plot(found.exponents[name], 100 * found.miss_frac[name], color=colour, lw=2, ls=line, label=letter)
+        axes.axvline(published[name], color=colour, lw=1, ls=line, zorder=1)
     axes.axhspan(0, ruled_out, color=theme.faint, alpha=0.14, lw=0, zorder=0)
     axes.axhline(ruled_out, color=theme.faint, lw=1, ls=(0, (4, 3)))
     axes.set_xlim(left=0)
@@ -238,7 +256,7 @@ def _profile_panel(axes: Any, found: Profile, theme: Theme) -> None:
     axes.set_xlabel("Exponent, everything else at its best")
     axes.set_ylabel("Largest miss of a point (%)")
     axes.set_title("Profile of L(N, D)")
-    axes.legend(loc="upper right", title="dotted: Hoffmann", handletextpad=0.4)
+    axes.legend(loc="upper right", title="thin: Hoffmann's", handletextpad=0.4)
 
 
 # ------------------------------------------------------------------------------------------------------------- budgets
@@ -298,8 +316,10 @@ def _key(
 
     handles: list[Any] = [mark(marker="o", ls="", label="between a size's own rows" if interpolated else "measured")]
     if not interpolated and any(b.n_sizes >= DRAWN_SIZES for b in shown):
-        handles.append(mark(lw=1.4, ls=DOTTED, label="parabola"))
-        minima = [best for b in shown if (best := minimum_of(b)) is not None]
+        few = all(b.n_sizes < MIN_SIZES for b in shown)
+        text = "parabola through three sizes: no interval" if few else "parabola"
+        handles.append(mark(lw=1.4, ls=DOTTED, label=text))
+        minima = [best for b in shown if b.flops is not None and (best := minimum_of(b)) is not None]
         if minima:
             text = "its minimum with 95 % interval" if any(m.ci95 for m in minima) else "its minimum"
             handles.append(mark(marker="D", ms=6, mfc=theme.background, ls="", label=text))

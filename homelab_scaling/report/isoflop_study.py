@@ -20,12 +20,20 @@ from homelab_scaling.fit.catalogue import CATALOGUE
 from homelab_scaling.fit.isoflop import MIN_SIZES
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.predict_page import flops
+from homelab_scaling.fit.underdetermined import SEED_NOISE_LOG
 from homelab_scaling.fit.words import between, listed, short
-from homelab_scaling.plan.nominal import costs, not_one_budget
+from homelab_scaling.plan.nominal import not_one_budget
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Image, Paragraph, to_markdown
 from homelab_scaling.report.figures import NoPicture, Picture
-from homelab_scaling.report.isoflop_plots import Budget, is_nominal, isoflop_curves, measured_budgets, minimum_of
+from homelab_scaling.report.isoflop_plots import (
+    Budget,
+    is_nominal,
+    isoflop_curves,
+    measured_budgets,
+    minimum_of,
+    passing_laws,
+)
 from homelab_scaling.report.target import TARGET_PARAMS, target_blocks, why_no_law
 from homelab_scaling.report.words import plural, sentence
 
@@ -59,7 +67,7 @@ def isoflop_study(view: LabView, pictures: Sequence[Picture | NoPicture]) -> lis
     if not is_isoflop(view):
         return []
     blocks: list[Block] = [Heading(text="The isoFLOP study"), Paragraph(text=_design(view))]
-    blocks += [_image(picture, f"{picture.name}.png") for picture in _figure(pictures)]
+    blocks += [_image(view, picture, f"{picture.name}.png") for picture in _figure(pictures)]
     budgets = [one for one in measured_budgets(view) if one.flops is not None]
     if budgets:
         blocks.append(_minima(budgets))
@@ -78,14 +86,39 @@ def other_pictures(view: LabView, pictures: Sequence[Picture | NoPicture]) -> li
     return [one for one in pictures if one.name not in own]
 
 
-def _image(picture: Picture, file: str) -> Image:
+def _image(view: LabView, picture: Picture, file: str) -> Image:
     return Image(
         file=file,
         title=picture.title,
-        caption=picture.caption,
+        caption=_caption(view),
         light_png=picture.light_png,
         dark_png=picture.dark_png,
     )
+
+
+def _caption(view: LabView) -> str:
+    """How to read the figure of this very lab."""
+    budgets = measured_budgets(view)
+    text = "Dots are finished rows"
+    if not budgets:
+        return f"{text}, read between the rows of a size where no budget was run at several."
+    text += ", dotted a parabola through them in log N"
+    if budgets[0].flops is None:
+        text += "; above each dot stands what it cost, so the curve is no isoFLOP curve and has no minimum to report"
+    elif any(one.n_sizes < MIN_SIZES for one in budgets):
+        text += " with its minimum; through three sizes a parabola always fits, so that minimum has no interval"
+    else:
+        text += " with its minimum and 95 % interval"
+    if view.study.joint is not None:
+        return f"{text}. Solid is {view.study.joint.law.title} fitted to all rows, its star the best size."
+    if passing_laws(view) is not None and budgets[0].flops is not None:
+        text += f". Shaded lies every L(N, D) that passes within {100 * SEED_NOISE_LOG:g} % of all points"
+    if view.study.left_open is not None:
+        text += (
+            ". On the right the profile of L(N, D): how near it can come to all points at each value of an exponent "
+            "with everything else at its best; what lies in the grey is not ruled out"
+        )
+    return f"{text}."
 
 
 def _design(view: LabView) -> str:
@@ -267,7 +300,7 @@ def lab_fit(view: LabView) -> dict[str, LabParameter]:
 def prediction(view: LabView, pictures: Sequence[Picture | NoPicture]) -> str:
     """prediction.md."""
     blocks = [Paragraph(text=_design(view)), *target_blocks(view)]
-    blocks += [_image(picture, PICTURE_FILE) for picture in _figure(pictures)]
+    blocks += [_image(view, picture, PICTURE_FILE) for picture in _figure(pictures)]
     blocks += [Bullets(items=tuple(_grounds(view, pictures)))]
     return to_markdown(f"{view.name}: how many tokens for {short(TARGET_PARAMS)} parameters?", blocks)
 
@@ -281,8 +314,6 @@ def _grounds(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[str
     ]
     if view.fit is not None and (fit := view.fit.get("chinchilla")) is not None and fit.is_fitted:
         items.append(sentence(f"Intervals: {fit.interval}"))
-    if is_nominal(view) and view.published:
-        items.append(f"The published tokens cost {costs([rung.flops_causal for rung in view.published])} FLOPs here.")
     absent = next((one for one in pictures if isinstance(one, NoPicture) and one.name == FIGURE), None)
     if absent is not None:
         items.append(f"There is no {PICTURE_FILE}, because {absent.reason}.")

@@ -161,7 +161,22 @@ def _range_of_laws(view: LabView) -> str:
     return (
         f" Of {n_laws:,} laws that pass within {100 * SEED_NOISE_LOG:g} % of every point (assumed seed noise) "
         f"the lowest D_opt is {tokens(d[0])} tokens and the highest {tokens(d[1])} (D/N {_span(ratio)}): that is the "
-        "range the points leave open, not an interval, and nothing in them prefers one end of it."
+        f"range the points leave open, not an interval, and nothing in them prefers one end of it.{_profile(view)}"
+    )
+
+
+def _profile(view: LabView) -> str:
+    """Which exponents the points do not rule out."""
+    found = view.study.left_open
+    if found is None:
+        return ""
+    said = []
+    for name, grid in found.exponents.items():
+        kept = grid[found.miss_frac[name] <= SEED_NOISE_LOG]
+        if len(kept):
+            said.append(f"{name} from {kept.min():.2g} to {kept.max():.2g}")
+    return (
+        f" The profile of the law says the same: {listed(said)} all fit, everything else at its best." if said else ""
     )
 
 
@@ -171,7 +186,7 @@ def _range_of_laws(view: LabView) -> str:
 def _against_the_rule(view: LabView, main: Target | None) -> str:
     rule, size = RULE_TOKENS_PER_PARAM, short(TARGET_PARAMS)
     others = listed([f"{_published_ratio(name):.0f} by {words}" for name, words in PUBLISHED.items()])
-    published = f"At N = {size} published laws themselves say {others}."
+    published = f"Published laws disagree as well: at N = {size} it is {others}."
     start = f"Against {rule:g} tokens per parameter: "
     if main is None:
         found = range_of_laws(view)
@@ -358,7 +373,13 @@ def _ends(ends: Range | None) -> str:
 
 
 def _span(ends: Range) -> str:
-    return f"{tokens(ends[0])} to {tokens(ends[1])}"
+    return f"{ratio_text(ends[0])} to {ratio_text(ends[1])}"
+
+
+def ratio_text(value: float) -> str:
+    """Tokens per parameter, open where `tokens` is."""
+    limit = NO_LIMIT / TARGET_PARAMS
+    return f"beyond {limit:.0e}".replace("e+0", "e") if value > limit else tokens(value)
 
 
 def _nats_ends(e: Estimate) -> str:
