@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from homelab_scaling.errors import DataError
-from homelab_scaling.evals.results import Document, Kind, Outcome, Setting
+from homelab_scaling.evals.intervals import ratio
+from homelab_scaling.evals.results import Document, Kind, Outcome, Part, Setting
 from homelab_scaling.evals.scorer import score
 from homelab_scaling.evals.texts import HeldDocument, HeldOut
 from homelab_scaling.export.convert import Portable
 from homelab_scaling.specs import CorpusManifest, Split
 
 N_DOCUMENTS = 500
+TOKENS = "tokens"
+"""In `Outcome.also`: tokens of the document that were scored."""
 MOST_BYTES = 500_000
 """Of text: 100 to 200 thousand tokens, which a model of 5M parameters reads in about a minute on two CPU cores."""
 
@@ -70,19 +73,17 @@ class BitsPerByte:
                 value=found.nats,
                 weight=float(document.n_bytes),
                 n_tokens=found.n_tokens,
+                also={TOKENS: float(found.n_scored)},
             )
             for document, found in zip(asked, scored, strict=True)
         ]
 
-    def bytes_per_token(self, model: Portable) -> float:
-        """UTF-8 bytes of this text per token of a model's tokenizer."""
-        return self.n_bytes / sum(len(ids_of(model, document)) for document in self._documents.values())
 
-    def in_both_units(self, model: Portable, bits_per_byte: float) -> str:
-        """The score as bits per byte and as nats per token of the model's own tokenizer, in words."""
-        per_token = self.bytes_per_token(model)
-        nats = bits_per_byte * math.log(2) * per_token
-        return f"{bits_per_byte:.4f} bits/byte = {nats:.4f} nats/token at {per_token:.3f} bytes/token"
+def nats_per_token(outcomes: Sequence[Outcome], *, seed: int) -> Part | None:
+    """The same outcomes as nats per token of the model's own tokenizer; None where they are no outcomes of `bpb`."""
+    if not outcomes or any(TOKENS not in outcome.also for outcome in outcomes):
+        return None
+    return ratio([outcome.value for outcome in outcomes], [outcome.also[TOKENS] for outcome in outcomes], seed=seed)
 
 
 def ids_of(model: Portable, document: HeldDocument) -> list[int]:

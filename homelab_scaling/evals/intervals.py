@@ -75,23 +75,27 @@ def bits_per_byte(nats: Floats, n_bytes: Floats, *, seed: int) -> Part:
 
     Source: Gao et al. 2020 (The Pile), section 3.1; Cochran, Sampling Techniques, eq. 6.13.
     """
-    nats_D, bytes_D = _finite(nats), _finite(n_bytes)
-    if nats_D.shape != bytes_D.shape:
-        raise ValueError(f"{len(nats_D)} documents have nats and {len(bytes_D)} have bytes")
-    if (bytes_D < 0).any() or nats_D[bytes_D == 0].any():
+    return ratio(_finite(nats) / math.log(2), n_bytes, seed=seed)
+
+
+def ratio(over: Floats, under: Floats, *, seed: int) -> Part:
+    """Sum over sum of documents, each of which has some of both: see `bits_per_byte`."""
+    over_D, under_D = _finite(over), _finite(under)
+    if over_D.shape != under_D.shape:
+        raise ValueError(f"{len(over_D)} documents have something to divide and {len(under_D)} to divide it by")
+    if (under_D < 0).any() or over_D[under_D == 0].any():
         raise ValueError("a document wants 0 or more bytes, and no nats where it has none")
-    nats_D, bytes_D = nats_D[bytes_D > 0], bytes_D[bytes_D > 0]
-    n = len(nats_D)
+    over_D, under_D = over_D[under_D > 0], under_D[under_D > 0]
+    n = len(over_D)
     if n == 0:
         return NOTHING
-    bits_D = nats_D / math.log(2)
-    total = float(bytes_D.sum())
-    score = math.fsum(bits_D) / total
+    total = float(under_D.sum())
+    score = math.fsum(over_D) / total
     if n == 1:
         return Part(n_documents=1, score=score, se=None, low=None, high=None)
-    residual_D = bits_D - score * bytes_D
+    residual_D = over_D - score * under_D
     se = math.sqrt(n / (n - 1) * float(residual_D @ residual_D)) / total
-    low, high = np.quantile(_resampled_ratios(bits_D, bytes_D, seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(_resampled_ratios(over_D, under_D, seed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Part(n_documents=n, score=score, se=se, low=float(low), high=float(high))
 
 

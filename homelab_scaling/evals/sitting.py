@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from homelab_scaling.codec import stable_hash
 from homelab_scaling.errors import DataError, Stopped
+from homelab_scaling.evals.bpb import nats_per_token
 from homelab_scaling.evals.intervals import bits_per_byte, mean, share
 from homelab_scaling.evals.price import LapMeter, Tariff, price_of
 from homelab_scaling.evals.results import Document, Kind, Outcome, Part, Score, Setting, Task
@@ -166,7 +167,7 @@ class Sitting:
             clean=part_of(task.kind, overlap.clean(outcomes)) if overlap is not None else None,
             overlap_frac=overlap.overlap_frac if overlap is not None else None,
             overlap_unknown=overlap.unknown if overlap is not None else self.overlap_unknown,
-            also=also_of(outcomes),
+            also=also_of(task.kind, outcomes),
             seconds=price.seconds,
             n_tokens=price.n_tokens,
             kwh=price.kwh,
@@ -205,8 +206,14 @@ def part_of(kind: Kind, outcomes: Sequence[Outcome]) -> Part:
     return bits_per_byte(values, [outcome.weight for outcome in outcomes], seed=BOOTSTRAP_SEED)
 
 
-def also_of(outcomes: Sequence[Outcome]) -> dict[str, Part]:
-    """The other metrics that every outcome has; shares where all are right or wrong, means otherwise."""
+def also_of(kind: Kind, outcomes: Sequence[Outcome]) -> dict[str, Part]:
+    """The other metrics that every outcome has; shares where all are right or wrong, means otherwise.
+
+    Bits per byte are also said as nats per token of the model's own tokenizer.
+    """
+    if kind == "bits per byte":
+        per_token = nats_per_token(outcomes, seed=BOOTSTRAP_SEED)
+        return {} if per_token is None else {"nats_per_token": per_token}
     names = [name for name in outcomes[0].also if all(name in outcome.also for outcome in outcomes)]
     found = {}
     for name in names:
