@@ -317,8 +317,7 @@ def _key(
     handles: list[Any] = [mark(marker="o", ls="", label="between a size's own rows" if interpolated else "measured")]
     if not interpolated and any(b.n_sizes >= DRAWN_SIZES for b in shown):
         few = all(b.n_sizes < MIN_SIZES for b in shown)
-        text = "parabola through three sizes: no interval" if few else "parabola"
-        handles.append(mark(lw=1.4, ls=DOTTED, label=text))
+        handles.append(mark(lw=1.4, ls=DOTTED, label="parabola (no interval)" if few else "parabola"))
         minima = [best for b in shown if b.flops is not None and (best := minimum_of(b)) is not None]
         if minima:
             text = "its minimum with 95 % interval" if any(m.ci95 for m in minima) else "its minimum"
