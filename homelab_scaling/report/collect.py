@@ -133,7 +133,7 @@ def collect(lab: Path) -> LabView:
             runs.append(view)
     rows, excluded = _read_rows(lab, runs) if has_runs else ([], [])
     fit = _read_fit(lab / "fit" / "fit.json", len(rows), missing)
-    advice = _read_advice(lab, missing)
+    advice, reference = _read_advice(lab, missing), _read_reference(plan, missing)
     return LabView(
         name=lab.resolve().name,
         path=lab,
@@ -147,7 +147,7 @@ def collect(lab: Path) -> LabView:
         fit=fit,
         missing=tuple(missing),
         batch=advice,
-        reference=_read_reference(plan, missing),
+        reference=reference,
         planned_shapes=_planned_shapes(plan),
         n_vocab_planned=plan["n_vocab"] if isinstance(plan.get("n_vocab"), int) else None,
         horizons=_read_horizons(plan),

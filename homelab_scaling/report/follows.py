@@ -121,8 +121,8 @@ def _busy_with_what(reference: Reference, cards: Cards) -> str:
     if of_peak > IDLE_FRAC:
         return ""
     return (
-        f" So the cards were busy all the time at {percent(of_peak)} of their peak: with memory traffic, or with work "
-        "that the FLOPs do not count."
+        f" So the cards drew much of their rated power while reaching {percent(of_peak)} of their peak: they were busy "
+        "with memory traffic, or with work that the FLOPs do not count."
     )
 
 

@@ -51,7 +51,9 @@ def _exponent_n(view: LabView, _figure: PublishedFigure) -> Ours:
     if e.value is None:
         return Ours(how=f"not pinned down: {next(iter(fit.unpinned.values()), fit.status)}")
     counted = COUNTS.get(view.fit.count if view.fit else "", "")
-    how = f"power law through {fit.n_points} sizes at {fit.rows}, N of {counted or 'the fit'}; {fit.interval}"
+    how = f"power law through {fit.n_points} points at {fit.rows}, N of {counted or 'the fit'}; {fit.interval}"
+    if fit.rows.endswith(" N"):
+        how += "; tokens grow with size there, so it is not of N alone"
     return Ours(value=e.value, ci95=e.ci95, text=brief(e.value) + in_brackets(e), how=how)
 
 
@@ -60,7 +62,7 @@ def _r2(view: LabView, _figure: PublishedFigure) -> Ours:
     e = fit.derived.get("r2_log") if fit is not None and fit.is_fitted else None
     if fit is None or e is None or e.value is None:
         return Ours(how=_no_fit(view) if fit is None else fit.status.removeprefix("not fitted: "))
-    return Ours(value=e.value, text=r2_text(fit), how=f"of log loss on log N, {fit.n_points} sizes at {fit.rows}")
+    return Ours(value=e.value, text=r2_text(fit), how=f"of log loss on log N, {fit.n_points} points at {fit.rows}")
 
 
 def _exponent_c(view: LabView, _figure: PublishedFigure) -> Ours:
@@ -92,7 +94,8 @@ def _slope_c(view: LabView, figure: PublishedFigure) -> Ours:
             return Ours(how=f"there is no curve of a rung {figure.rung} here, but of {listed([s.rung for s in found])}")
     else:
         one = min(found, key=lambda s: abs(s.value - figure.value))
-    listing = ", ".join(f"{s.rung} {_slope_text(s)}" for s in (found if figure.rung is None else [one]))
+    every = ", ".join(f"{s.rung} {_slope_text(s)}" for s in found)
+    listing = _slope_text(one) if figure.rung is not None else every
     constant = any(run.spec is not None and run.spec.science.schedule.name == "wsd" for run in view.runs)
     how = (
         f"least squares through {one.n_points} held-out losses of each run after its warm-up"

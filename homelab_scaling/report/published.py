@@ -16,6 +16,8 @@ from homelab_scaling.report.words import flops_text, gigabytes, machine_words, m
 SAME_FRAC = 0.05
 """Totals closer than this are the same."""
 SAME_SIZE_FRAC = 0.1
+MANY = 1e6
+"""Ratios from here on are written as powers of ten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,10 @@ def _share(ratio: float) -> str:
     """1/1,740 of theirs; 2.3 times theirs."""
     if abs(ratio - 1) <= SAME_FRAC:
         return "the same within 5 %"
-    return f"ours is 1/{brief(1 / ratio)} of theirs" if ratio < 1 else f"ours is {brief(ratio)} times theirs"
+    times = float(f"{max(ratio, 1 / ratio):.3g}")
+    words = f"{times:,.0f}" if times < MANY else flops_text(times)
+    words = words if times >= 100 else brief(times)
+    return f"ours is 1/{words} of theirs" if ratio < 1 else f"ours is {words} times theirs"
 
 
 def _kaplan(ours: Ours) -> str:
@@ -228,7 +233,7 @@ def _sizes(view: LabView, reference: Reference) -> str:
     said = f"theirs were {count}from {short(sizes[0])} to {short(sizes[-1])} {what}, ours are {len(ours)} from "
     said += f"{short(ours[0])} to {short(ours[-1])}"
     if ours[-1] < sizes[0]:
-        said += f", all below their smallest (by {brief(sizes[0] / ours[-1])} and more)"
+        said += f", the largest 1/{brief(sizes[0] / ours[-1])} of their smallest"
     return f"{said}. An exponent holds in the range it was measured in."
 
 

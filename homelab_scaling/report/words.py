@@ -70,7 +70,8 @@ def flops_text(flops: float) -> str:
 
 
 def gigabytes(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:.3g} GB"
+    """14.2 GB, 34.1 MB."""
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.3g} MB"
 
 
 def rows_words(fit: ScalingFit) -> str:
