@@ -326,11 +326,12 @@ def _fastest(allowed: Sequence[Row], rows: Sequence[Row], overhead_max_frac: flo
     if tuned is not None and tuned is not taken and tuned.seconds is not None and taken.seconds is not None:
         gained = 1 - taken.seconds / tuned.seconds
         if gained < TUNED_GAIN_FRAC:
+            how = f"save {gained:.0%} of the time" if gained >= 0 else f"take {-gained:.0%} more time"
             return Choice(
                 row=tuned,
                 why=f"{tuned.overhead_frac:.0%} more tokens than a small batch would need, and the rate was tuned at "
-                f"it; {taken.batch_tokens:,} tokens ({taken.overhead_frac:.0%}) would save {gained:.0%} of the time, "
-                f"less than the {TUNED_GAIN_FRAC:.0%} for which a tuned rate is scaled",
+                f"it; {taken.batch_tokens:,} tokens ({taken.overhead_frac:.0%}) would {how}, and a tuned rate is "
+                f"scaled for a gain of {TUNED_GAIN_FRAC:.0%}",
             )
     head = f"{taken.overhead_frac:.0%} more tokens than a small batch would need"
     if taken.seconds is None:

@@ -10,8 +10,8 @@ from homelab_scaling.report.parts import Draw, Nothing
 from homelab_scaling.report.style import DARK, DPI, LIGHT, themed
 
 N_COLOURS = 128
-Section = Literal["figures", "batch", "steps", "evals"]
-"""Where a figure stands: in a section of figures, or with the text on batches."""
+Section = Literal["answer", "figures", "batch", "steps", "evals"]
+"""Where a figure stands: beneath the answer, in a section of figures, or with the text that it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ FIGURES: tuple[Kind, ...] = (
         "alone, the shaded band is where the law at the largest D lies with 95 % confidence. Dots leaving "
         "the line in one direction mean the power law bends; a dot far off alone means a rung trained "
         "badly.",
+        section="answer",
     ),
     Kind(
         draw=plots.loss_against_compute,

@@ -44,6 +44,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
     """The whole report, the answer first."""
     return [
         *answer(view),
+        *images(pictures, "answer"),
         *isoflop_study(view, pictures),
         *what_was_run(view),
         *live(view),

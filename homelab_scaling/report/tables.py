@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from homelab_scaling.fit.laws import get_law
 from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
@@ -23,6 +24,7 @@ from homelab_scaling.report.words import (
     rows_words,
     value_text,
 )
+from homelab_scaling.runs import Machine
 
 
 def what_was_run(view: LabView) -> list[Block]:
@@ -53,10 +55,13 @@ def what_was_run(view: LabView) -> list[Block]:
 
 
 def _machine_lines(view: LabView) -> list[str]:
-    machines = {r.record.machine for r in view.runs if r.record}
+    machines = dict.fromkeys(r.record.machine for r in view.runs if r.record)
+    commits: dict[Machine, list[str]] = {}
+    for machine in machines:
+        commits.setdefault(replace(machine, git_commit=None), []).extend(filter(None, [machine.git_commit]))
     lines = []
-    for m in sorted(machines, key=lambda m: (m.device, m.n_processes)):
-        commit = f", commit `{m.git_commit}`" if m.git_commit else ""
+    for m, own in sorted(commits.items(), key=lambda item: (item[0].device, item[0].n_processes)):
+        commit = f", commit{plural(len(own))} {listed([f'`{c}`' for c in own])}" if own else ""
         lines.append(
             f"Machine: {m.device}, {m.n_processes} process{'es' if m.n_processes > 1 else ''}; Python {m.python}, "
             f"torch {m.torch}, accelerate {m.accelerate}, transformers {m.transformers}, "
