@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, zip_longest
 from random import Random
 from typing import Any, TypeVar
 
@@ -299,16 +300,22 @@ class MinimalPairs(Probe):
         """
         language = self.text.language
         rules = rules_of(language)
-        share = -(-self.n_items // len(rules))
-        per_document = -(-2 * share // len(self.text.documents))
-        by_rule = []
+        per_document = -(-2 * self.n_items // (len(rules) * len(self.text.documents)))
+        by_rule = {}
         for rule in rules:
             found: dict[str, PairItem] = {}
             for document in self.text.documents:
                 rng = Random(f"{self.name} {self.seed} {rule} {document.doc_id}")
                 found |= dict(_pair_items(document, rule, language, per_document, rng))
-            by_rule.append(_balanced(found) if rule == "agreement" else found)
-        return _in_turn(by_rule, self.n_items, self.text.source)
+            names = Random(f"{self.name} {self.seed} {rule}").sample(sorted(found), len(found))
+            mixed = {doc_id: found[doc_id] for doc_id in names}
+            by_rule[rule] = _in_couples(mixed) if rule == "agreement" else mixed
+        taken = _share_of(by_rule, self.n_items)
+        if not taken:
+            raise DataError(
+                f"{self.name}: no line of {self.text.source} can be corrupted by a rule; give longer text with --text"
+            )
+        return dict(sorted(taken.items(), key=lambda pair: pair[0].rsplit("-", 2)[::-1]))
 
     @cached_property
     def chance(self) -> float | None:
@@ -368,31 +375,26 @@ def _units(text: str, language: Language, n: int) -> Iterator[tuple[int, int]]:
     yield from zip(starts, stops[n - 1 :], strict=False)
 
 
-def _balanced(found: dict[str, PairItem]) -> dict[str, PairItem]:
-    """As many pairs with a -> b as with b -> a, so that the commoner word does not win by being common."""
+def _in_couples(found: dict[str, PairItem]) -> dict[str, PairItem]:
+    """Pairs with a -> b and with b -> a in turn, as many of each: the commoner word does not win by being common."""
     by_direction: dict[tuple[str, str], list[str]] = {}
     for doc_id, item in found.items():
         by_direction.setdefault(agreement_direction(item.twins), []).append(doc_id)
-    kept = set()
-    for (a, b), ids in by_direction.items():
-        kept.update(ids[: min(len(ids), len(by_direction.get((b, a), [])))])
-    return {doc_id: item for doc_id, item in found.items() if doc_id in kept}
+    couples = [
+        list(zip(ids, by_direction.get((b, a), []), strict=False)) for (a, b), ids in by_direction.items() if a < b
+    ]
+    in_turn = [couple for row in zip_longest(*couples) for couple in row if couple is not None]
+    return {doc_id: found[doc_id] for couple in in_turn for doc_id in couple}
 
 
-def _in_turn(by_rule: list[dict[str, PairItem]], n: int, source: str) -> dict[str, PairItem]:
-    """n items, each rule's share as equal as what it found allows."""
-    left, taken = n, {}
-    for i, found in enumerate(sorted(by_rule, key=len)):
-        part = _spread(found, -(-left // (len(by_rule) - i)))
-        taken |= part
-        left -= len(part)
-    if not taken:
-        raise DataError(f"minimal-pairs: no line of {source} can be corrupted by a rule; give longer text with --text")
-    return dict(sorted(taken.items(), key=lambda pair: _tail(pair[0])))
-
-
-def _tail(doc_id: str) -> str:
-    return doc_id.rsplit("-", 2)[1] + doc_id
+def _share_of(by_rule: dict[str, dict[str, PairItem]], n: int) -> dict[str, PairItem]:
+    """The first of each rule, n in all, shared as equally as what was found allows; `agreement` in whole couples."""
+    taken: dict[str, PairItem] = {}
+    for i, rule in enumerate(sorted(by_rule, key=lambda rule: len(by_rule[rule]))):
+        wanted = (n - len(taken)) // (len(by_rule) - i)
+        wanted -= wanted % 2 if rule == "agreement" else 0
+        taken |= dict(islice(by_rule[rule].items(), wanted))
+    return taken
 
 
 # --------------------------------------------------------------------------------------------------------------- common
