@@ -89,7 +89,7 @@ def write_card(trained: Trained, *, dtype: str, check: Check, samples: tuple[Sam
         "## How to use it",
         *_usage(trained, dtype),
         "## What it says",
-        *_samples(samples),
+        *sample_texts(samples),
         "## How it was trained",
         _table(_training(trained)),
         "## The text",
@@ -166,7 +166,8 @@ def _usage(trained: Trained, dtype: str) -> list[str]:
     return [f"```python\n{code}\n```", notes + served]
 
 
-def _samples(samples: tuple[Sample, ...]) -> list[str]:
+def sample_texts(samples: tuple[Sample, ...]) -> list[str]:
+    """Each sample under a line that says how it was made, in a fence that its own backticks cannot close."""
     parts = []
     for one in samples:
         before = "From held-out text" if one.prompt else "From the end-of-text token"
