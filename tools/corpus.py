@@ -9,7 +9,7 @@ import tyro
 
 from homelab_scaling import cli
 from homelab_scaling.errors import DataError
-from homelab_scaling.specs import CorpusManifest
+from homelab_scaling.specs import NEARLY_AS_GOOD_EPOCHS, CorpusManifest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,6 +103,14 @@ def _print_table(manifest: CorpusManifest, out: Path) -> None:
     console.print(table)
     if len(manifest.mixture) > 1 or manifest.n_tokens_unique < manifest.train.n_tokens:
         console.print(_sources_table(manifest))
+    for name, epochs in shares.repeated(manifest):
+        if epochs > NEARLY_AS_GOOD_EPOCHS:
+            console.print(
+                f"{name} is read {epochs:.1f} times in one pass over this text: up to {NEARLY_AS_GOOD_EPOCHS} times is "
+                "nearly as good as new text, beyond that it is worth ever less",
+                highlight=False,
+                soft_wrap=True,
+            )
     share = manifest.val.n_tokens / (manifest.val.n_tokens + manifest.train.n_tokens)
     console.print(
         f"held out {share:.2%} of the tokens; {shares.dropped_words(manifest)}; data_id {manifest.data_id}",

@@ -94,7 +94,7 @@ def build_corpus(
     tick = _Ticker("copying the stream", request.max_bytes, report).add
     wish = Wish(names=request.sources, weights=request.weights, epochs=request.epochs)
     limits = wish.limits_bytes(request.max_bytes, request.val_frac)
-    sources = [source.local(spool, limit, tick) for source, limit in zip(sources, limits, strict=True)]
+    sources = [source.local(_folder(spool, i), limits[i], tick) for i, source in enumerate(sources)]
     found, choice = _look(request, wish, sources, spool, report)
     tokenizer = _make_tokenizer(request, sources, choice, report)
     dtype: Dtype = "uint16" if tokenizer.n_vocab <= MAX_UINT16_VOCAB else "uint32"
@@ -138,6 +138,13 @@ def build_corpus(
             f"(those with the lowest hash, at most {surveys.TOKENIZER_SAMPLE_BYTES} bytes)"
         )
     return manifest, BuildRecord(request=request, state_hash=state, text_hash=found.text_hash, tokenizer_rule=rule)
+
+
+def _folder(spool: Path, number: int) -> Path:
+    """A source's own folder, so that two streams do not write the same files."""
+    folder = spool / str(number)
+    folder.mkdir()
+    return folder
 
 
 def _look(

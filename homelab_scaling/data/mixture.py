@@ -78,8 +78,9 @@ def mixed_bytes(wish: Wish, have_bytes: Sizes, val_frac: float, max_bytes: int |
     for name, have, takes in zip(wish.names, have_bytes.tolist(), mixed.tolist(), strict=True):
         if val_frac * takes > MAX_HELD_OUT_FRAC * have:
             raise DataError(
-                f"{name}: its {have:,} bytes would have to stand for {takes:,.0f}, {takes / have:.0f} times over; give "
-                "it more text, or lower its weight, its epochs or max_bytes"
+                f"{name}: {val_frac * takes / have:.0%} of its {have:,} bytes would be held out, because the held-out "
+                "text has the shares of the mixture, and half is the limit; give it more text, or lower its weight, "
+                "its epochs, max_bytes or val_frac"
             )
     return mixed
 

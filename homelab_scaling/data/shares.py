@@ -41,9 +41,15 @@ def short_names(names: tuple[str, ...]) -> list[str]:
 def _asked(share: SourceShare) -> str:
     if share.weight is not None:
         return f"{share.weight:.1%}"
-    return (
-        "all" if share.epochs_asked is None else f"{share.epochs_asked:g} epoch{'' if share.epochs_asked == 1 else 's'}"
-    )
+    asked = share.epochs_asked
+    return "all" if asked is None else f"{asked:g} epoch{'' if asked == 1 else 's'}"
+
+
+def repeated(manifest: CorpusManifest) -> list[tuple[str, float]]:
+    """(name, epochs) of the sources that stand in the training text more than once, the most repeated first."""
+    names = short_names(tuple(share.name for share in manifest.mixture))
+    found = [(name, share.epochs) for name, share in zip(names, manifest.mixture, strict=True) if share.epochs > 1]
+    return sorted(found, key=lambda item: -item[1])
 
 
 def dropped_words(manifest: CorpusManifest) -> str:

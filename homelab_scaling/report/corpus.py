@@ -28,18 +28,13 @@ def sources(view: LabView) -> list[Block]:
 
 
 def _about_repeats(corpus: CorpusManifest) -> str:
-    again = [(name, share) for name, share in zip(_names(corpus), corpus.mixture, strict=True) if share.epochs > 1]
-    again.sort(key=lambda item: -item[1].epochs)
-    said = listed([f"{name} {share.epochs:.1f} times" for name, share in again])
+    again = shares.repeated(corpus)
+    said = listed([f"{name} {epochs:.1f} times" for name, epochs in again])
     text = (
         f"One pass over this text reads {said}: {short(corpus.train.n_tokens)} tokens, of which "
         f"{short(corpus.n_tokens_unique)} are different; n_tokens_unique in runs.csv counts what each row met. Up to "
         f"{NEARLY_AS_GOOD_EPOCHS} passes, repeated text is nearly as good as new text, beyond that it is worth "
         "ever less (Muennighoff et al. 2023)"
     )
-    beyond = [name for name, share in again if share.epochs > NEARLY_AS_GOOD_EPOCHS]
+    beyond = [name for name, epochs in again if epochs > NEARLY_AS_GOOD_EPOCHS]
     return f"{text}; {listed(beyond)} {'is' if len(beyond) == 1 else 'are'} beyond." if beyond else f"{text}."
-
-
-def _names(corpus: CorpusManifest) -> list[str]:
-    return shares.short_names(tuple(share.name for share in corpus.mixture))
