@@ -233,7 +233,8 @@ def _shares(wish: Wish, found: Survey, choice: Choice, n_tokens_each: npt.NDArra
     trained, held_out = choice.copies > 0, choice.part == VAL
 
     def total(values: npt.NDArray[Any]) -> list[int]:
-        return by_source(values.astype(np.int64), found.sources, n).tolist()
+        sums: list[int] = by_source(values.astype(np.int64), found.sources, n).tolist()
+        return sums
 
     n_bytes = total(found.sizes_bytes * choice.copies)
     n_tokens, n_unique = total(n_tokens_each * choice.copies), total(n_tokens_each * trained)

@@ -52,7 +52,11 @@ def documents_of(stream: TokenStream, eot_id: int) -> list[list[int]]:
 )
 def test_every_document_is_there_in_order_and_ends(tmp_path_factory, texts: list[str]) -> None:
     folder = tmp_path_factory.mktemp("corpus")
-    manifest = build_shards([write_jsonl(folder / "a.jsonl", texts)], "bytes", folder / "out", val_frac=0.2)
+    try:
+        manifest = build_shards([write_jsonl(folder / "a.jsonl", texts)], "bytes", folder / "out", val_frac=0.2)
+    except DataError as error:  # of a few documents all may be held out
+        assert "leaves nothing for training" in str(error)
+        return
     shards = open_shards(folder / "out", verify=True)
     documents = [Document(text=text, name="") for text in texts]
     part = choose(read_survey([documents], lambda _: None), val_frac=0.2, max_bytes=None).part
