@@ -33,8 +33,13 @@ NO_LIMIT = 1e18
 """Tokens beyond which a range is called open."""
 PUBLISHED = {
     "hoffmann-2022": "Hoffmann et al.'s own law",
+    "hoffmann-2022-rounded": "the same with its constants as the text rounds them",
     "besiroglu-2024": "Besiroglu et al.'s refit of the same runs",
 }
+TINY = 1e-4
+"""Nats that nobody could measure."""
+NO_RIVAL = 0.05
+"""A law that misses held-out losses by more than this share does not count where laws disagree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +206,7 @@ def _against_the_rule(view: LabView, main: Target | None) -> str:
     text = start + _beside(rule, ratio)
     cost = predict_budget(fit, main.draws, main.best.flops.value).rule.above_best_nats
     text += (
-        f" At the compute of that optimum, {rule:g} tokens per parameter instead would cost "
-        f"{cost.value or 0.0:.4f} nats{_nats_ends(cost)} by this law."
+        f" At the compute of that optimum, {rule:g} tokens per parameter instead would cost {_nats(cost)} by this law."
     )
     text += _drift(main)
     return f"{text} {published} Their text and tokenizer are not these."
@@ -250,7 +254,7 @@ def _risk(view: LabView, main: Target | None, found: list[Target]) -> str:
     text = "Extrapolation risk: " + _how_far(view, main)
     text += _held_out(view, main) if view.fit is not None else ""
     if main is not None:
-        text += _without_largest(view, main) + _choice_of_law(main, found)
+        text += _without_largest(view, main) + _choice_of_law(view, main, found)
         text += (
             " The interval carries the noise of these runs through this law; it does not know whether the law goes on "
             "out there, nor other text, another tokenizer or a learning rate that no longer suits."
@@ -267,8 +271,8 @@ def _how_far(view: LabView, main: Target | None) -> str:
     far = [f"N = {size} is {_beyond(TARGET_PARAMS, float(sizes.max()))} the largest size here ({short(sizes.max())})"]
     if main is not None and view.fit is not None:
         d, c = main.best.n_tokens.value or 0.0, main.best.flops.value or 0.0
-        far.append(f"D_opt {_beyond(d, main.fit.ranges['n_tokens'][1])} the longest run")
-        far.append(f"C {_beyond(c, budgets_of(view.fit, main.fit)[1])} the largest budget")
+        far.append(f"D_opt is {_beyond(d, main.fit.ranges['n_tokens'][1])} the longest run")
+        far.append(f"C is {_beyond(c, budgets_of(view.fit, main.fit)[1])} the largest budget")
     return f"{listed(far)}."
 
 
@@ -328,19 +332,27 @@ def _without_largest(view: LabView, main: Target) -> str:
     return f" Without the largest size the same law says D_opt = {tokens(d)}, a factor of {number(factor)} away."
 
 
-def _choice_of_law(main: Target, found: list[Target]) -> str:
-    values = [one.best.n_tokens.value or 0.0 for one in found]
+def _choice_of_law(view: LabView, main: Target, found: list[Target]) -> str:
+    errors = _held_out_errors(view)
+    rivals = [one for one in found if one.fit.law != main.fit.law and (errors.get(one.fit.law) or 0.0) <= NO_RIVAL]
+    values = [one.best.n_tokens.value or 0.0 for one in (main, *rivals)]
     if len(values) < 2:
         return ""
     return (
-        f" The {len(values)} laws fitted to these rows put D_opt from {tokens(min(values))} to {tokens(max(values))}, "
-        f"a factor of {number(max(values) / min(values))} that the interval does not hold."
+        f" The {len(values)} laws of these rows that hold-out does not discard put D_opt from {tokens(min(values))} to "
+        f"{tokens(max(values))}, a factor of {number(max(values) / min(values))} that no interval holds."
     )
+
+
+def _held_out_errors(view: LabView) -> dict[str, float | None]:
+    """Law -> its root mean square error on larger sizes than it was fitted to."""
+    evidence = view.fit.evidence if view.fit else None
+    return {one.law: one.rms_frac for one in evidence.holdouts if one.along == "n_params"} if evidence else {}
 
 
 def _laws(view: LabView, found: list[Target]) -> Grid:
     evidence = view.fit.evidence if view.fit else None
-    errors = {one.law: one.rms_frac for one in evidence.holdouts if one.along == "n_params"} if evidence else {}
+    errors = _held_out_errors(view)
     chosen = evidence.chosen_law if evidence else None
     rows = []
     for one in found:
@@ -382,5 +394,7 @@ def ratio_text(value: float) -> str:
     return f"beyond {limit:.0e}".replace("e+0", "e") if value > limit else tokens(value)
 
 
-def _nats_ends(e: Estimate) -> str:
-    return "" if e.ci95 is None else f" [{e.ci95[0]:.4f}, {e.ci95[1]:.4f}]"
+def _nats(e: Estimate) -> str:
+    value = e.value or 0.0
+    shown = f"less than {TINY:g}" if value < TINY else f"{value:.4f}"
+    return f"{shown} nats" + (f" (95 %: up to {max(TINY, e.ci95[1]):.4f})" if e.ci95 is not None else "")
