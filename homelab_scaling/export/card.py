@@ -9,7 +9,7 @@ from homelab_scaling.export.check import Check, Sample
 from homelab_scaling.export.trained import Trained, public_source
 from homelab_scaling.fit.catalogue import joint_fit
 from homelab_scaling.fit.predict import Forecast, count_of, predict_loss
-from homelab_scaling.fit.result import load_fit
+from homelab_scaling.fit.result import ScalingFit, load_fit
 from homelab_scaling.fit.words import brief, listed, short
 from homelab_scaling.plan.counting import ParamCount, count_params
 from homelab_scaling.report.bills import SOURCES
@@ -53,21 +53,29 @@ def read_law(trained: Trained) -> Law | str:
         )
     except HomelabError as error:
         return f"the fit of its lab has no answer for it ({error})"
-    shown = []
-    for name, found in fit.parameters.items():
-        if found.value is not None:
-            interval = f" [{brief(found.ci95[0])}, {brief(found.ci95[1])}]" if found.ci95 else ""
-            shown.append(f"{name} = {brief(found.value)}{interval}")
     return Law(
         name=fit.law,
         formula=law.formula,
-        parameters=", ".join(shown),
+        parameters=_parameters(fit),
         rows=fit.rows.split(":")[0],
         count=COUNTS.get(report.count, report.count),
         n_points=fit.n_points,
         forecast=forecast,
         sigma_log=fit.sigma_log,
     )
+
+
+def _parameters(fit: ScalingFit) -> str:
+    """Each with its 95 % interval, and those that the points do not pin down."""
+    known, open_ = [], []
+    for name, found in fit.parameters.items():
+        if found.value is None:
+            open_.append(name)
+        else:
+            interval = f" [{brief(found.ci95[0])}, {brief(found.ci95[1])}]" if found.ci95 else ""
+            known.append(f"{name} = {brief(found.value)}{interval}")
+    said = [f"{', '.join(known)} (95 % intervals)"] if known else []
+    return "; ".join([*said, *([f"{listed(open_)} not pinned down by these points"] if open_ else [])])
 
 
 def counted(trained: Trained, count: str) -> float:
@@ -346,7 +354,7 @@ def _law(trained: Trained, law: Law | str) -> str:
     )
     return (
         f"`{law.name}`, {law.formula} (N: {law.count}), fitted to {law.n_points} points ({law.rows}): "
-        f"{law.parameters}, with 95 % intervals. At this N and D it says {forecast.loss_nats:.3f}{band} nats"
+        f"{law.parameters}. At this N and D it says {forecast.loss_nats:.3f}{band} nats"
         f"{reach}{beside}{scatter}.{inside}{began}"
     )
 

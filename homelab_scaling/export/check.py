@@ -90,7 +90,7 @@ def check_folder(
     text = trained.corpus is not None
     with quiet_transformers():  # about texts longer than the context
         check_same_ids(cutter, tokenizer, (*PROBES, *([cutter.decode(windows[0])] if text else [])))
-    model.to(device)  # type: ignore[arg-type]
+    model.to(device)
     loss = _mean_loss(lambda x_BT, y_BT: _foreign_losses(model, x_BT, y_BT), windows, trained, device)
     exact = _own_loss(trained, windows, device, None)
     own = exact if dtype == "fp32" else _own_loss(trained, windows, device, torch.bfloat16)
@@ -142,7 +142,7 @@ def _mean_loss(losses: Losses, windows: Ids, trained: Trained, device: str) -> f
     with torch.inference_mode():
         for first in range(0, len(windows), size):
             ids = torch.from_numpy(windows[first : first + size]).to(device)
-            total += losses(ids[:, :-1], ids[:, 1:]).double().sum().item()
+            total += float(losses(ids[:, :-1], ids[:, 1:]).double().sum())
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
@@ -199,7 +199,7 @@ def samples_of(
         devices = [model.device] if model.device.type == "cuda" else []
         with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(SEED)
-            out: Any = model.generate(prompt, **options, **choice)  # type: ignore[operator]
+            out: Any = model.generate(prompt, **options, **choice)
         text = tokenizer.decode(out[0, len(ids) :].tolist(), skip_special_tokens=False)
         shown = "" if window is None else tokenizer.decode(ids, skip_special_tokens=False)
         found.append(Sample(how=how, prompt=str(shown), text=str(text)))

@@ -126,7 +126,7 @@ def from_trained(trained: "Trained", *, device: str = "cpu", tokenizer: Path | N
     row = trained.row
     return Portable(
         name=trained.name,
-        model=model.to(device).eval(),  # type: ignore[arg-type]
+        model=model.to(device).eval(),
         tokenizer=to_hugging_face(cutter, science.shape.context_tokens),
         context_tokens=science.shape.context_tokens,
         n_vocab=science.n_vocab,
@@ -223,7 +223,7 @@ def from_hugging_face(folder: Path, *, device: str = "cpu") -> Portable:
     row, eot_id = facts.get("row") or {}, tokenizer.eos_token_id
     return Portable(
         name=name,
-        model=model.to(device).eval(),  # type: ignore[arg-type]
+        model=model.to(device).eval(),
         tokenizer=tokenizer,
         context_tokens=_context(config, tokenizer, folder),
         n_vocab=config.get_text_config().vocab_size,
