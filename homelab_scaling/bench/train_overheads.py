@@ -237,9 +237,10 @@ def judge(
 
 def _rehearse(path: Path) -> dict[str, Any]:
     """The short run itself."""
-    from homelab_scaling.train.hooks import MetricsFile, Progress, Trackers
+    from homelab_scaling.train.hooks import MetricsFile, Progress
     from homelab_scaling.train.loop import Trainer
     from homelab_scaling.train.session import choose, start_accelerator
+    from homelab_scaling.train.trackers import Trackers
 
     folder = RunFolder(path.parent)
     spec = codec.read_json(path, RunSpec)

@@ -4,7 +4,8 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,8 @@ MAX_ROWS = 100_000
 POSITIVE = ("n_params", "n_tokens", "loss_nats", "flops", "n_body", "n_embed", "n_tokens_unique", "bpb", "c_min_flops")
 NOT_NEGATIVE = ("n_head", "n_pos", "loss_se_nats", "usd", "kwh", "s_min_steps")
 WHOLE = ("seed", "n_tokens_unique", "n_body", "n_head", "n_embed", "n_pos")
-TEXT = ("row_id", "run_id", "schedule", "data_id", "family")
+TEXT = ("row_id", "run_id", "schedule", "data_id", "family", "start")
+_DECIMAL = re.compile(r"^(\s*[+-]?\d+),(\d+(?:[eE][+-]?\d+)?\s*)$")
 FIELDS = tuple(f.name for f in dataclasses.fields(LossPoint))
 
 
@@ -66,8 +68,16 @@ def read_points(source: Path, selection: Selection | None = None) -> PointTable:
         )
     else:
         table = _read_csv(source, selection)
-    table = _drop_unfinished(table)
-    table = _drop_highest(table, selection.drop_highest_loss)
+    return checked(table, drop_highest_loss=selection.drop_highest_loss)
+
+
+def checked(table: PointTable, *, drop_highest_loss: int = 0) -> PointTable:
+    """The rows that a law can be fitted to; what is dropped is among the excluded.
+
+    Raises:
+        DataError: too few are left, or they do not belong together.
+    """
+    table = _drop_highest(_drop_unfinished(table), drop_highest_loss)
     check_points(table)
     return table
 
@@ -95,7 +105,9 @@ def parse_pairs(pairs: tuple[str, ...], flag: str) -> dict[str, str]:
 def _read_csv(path: Path, selection: Selection) -> PointTable:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return _parse_csv(path, csv.reader(file), selection)
+            separator = _separator(file.readline())
+            file.seek(0)
+            return _parse_csv(path, _cells(file, separator), selection)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file or lab; give a points CSV or a lab's folder") from None
     except PermissionError:
@@ -104,6 +116,17 @@ def _read_csv(path: Path, selection: Selection) -> PointTable:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as CSV in UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{path}: not a CSV file ({error}); save it as comma-separated text") from None
+
+
+def _separator(header: str) -> str:
+    """A spreadsheet's semicolon or tab, where the header has no comma."""
+    return next((mark for mark in ";\t" if mark in header and "," not in header), ",")
+
+
+def _cells(file: Iterable[str], separator: str) -> Iterator[list[str]]:
+    """The rows; spreadsheets that separate by semicolons write 3,14."""
+    for row in csv.reader(file, delimiter=separator):
+        yield [_DECIMAL.sub(r"\1.\2", cell) for cell in row] if separator == ";" else row
 
 
 def _parse_csv(path: Path, reader: Iterator[list[str]], selection: Selection) -> PointTable:
@@ -120,7 +143,7 @@ def _parse_csv(path: Path, reader: Iterator[list[str]], selection: Selection) ->
             raise DataError(
                 f"{path}: row {number} has {len(cells)} cells, the header {len(header)}; mend or remove that row"
             )
-        if any(not _same(cells[header.index(c)].strip(), v) for c, v in selection.where.items()):
+        if any(not same_value(cells[header.index(c)].strip(), v) for c, v in selection.where.items()):
             continue
         n_rows += 1
         if n_rows > MAX_ROWS:
@@ -157,6 +180,11 @@ def _locate(path: Path, header: list[str], selection: Selection) -> dict[str, in
     at.update({ours: header.index(theirs) for ours, theirs in selection.columns.items()})
     for name in ("n_params", "loss_nats"):
         if name not in at:
+            if any(column.endswith("__MIN") for column in header):
+                raise DataError(
+                    f"{path}: this is a chart as W&B exports it, a column per run; export the table of runs, or "
+                    "use --from-wandb ENTITY/PROJECT"
+                )
             raise DataError(
                 f"{path}: no column {name}; it has {', '.join(header)}, so name the right one with --columns {name}=..."
             )
@@ -165,7 +193,8 @@ def _locate(path: Path, header: list[str], selection: Selection) -> dict[str, in
     return at
 
 
-def _same(cell: str, wanted: str) -> bool:
+def same_value(cell: str, wanted: str) -> bool:
+    """Whether a cell is what a flag wants: as text, or as a number."""
     if cell == wanted:
         return True
     try:
@@ -204,17 +233,22 @@ def _number(path: Path, number: int, name: str, cell: str) -> float | int | None
         value = float(cell)
     except ValueError:
         raise DataError(f"{where} is {cell[:40]!r}, wants a number; mend or remove that row") from None
+    if fault := fault_of(name, value):
+        raise DataError(f"{where} is {cell}, {fault}; mend or remove that row")
+    return round(value) if name in WHOLE else value
+
+
+def fault_of(column: str, value: float) -> str | None:
+    """What a column wants that this number is not; None where it may stand there."""
     if not math.isfinite(value):
-        raise DataError(f"{where} is {cell}, wants a finite number; mend or remove that row")
-    if name in POSITIVE and value <= 0:
-        raise DataError(f"{where} is {cell}, wants a number above 0; mend or remove that row")
-    if name in NOT_NEGATIVE and value < 0:
-        raise DataError(f"{where} is {cell}, wants 0 or more; mend or remove that row")
-    if name in WHOLE:
-        if abs(value) > 1e18:
-            raise DataError(f"{where} is {cell}, too large for a count; mend or remove that row")
-        return round(value)
-    return value
+        return "wants a finite number"
+    if column in POSITIVE and value <= 0:
+        return "wants a number above 0"
+    if column in NOT_NEGATIVE and value < 0:
+        return "wants 0 or more"
+    if column in WHOLE and abs(value) > 1e18:
+        return "too large for a count"
+    return None
 
 
 def _truth(path: Path, number: int, cell: str) -> bool | None:

@@ -1,16 +1,14 @@
-"""The few moments of a run that others listen to: metrics.jsonl, the trackers, the progress bar.
+"""The few moments of a run that others listen to: metrics.jsonl, the progress bar (trackers: see there).
 
 A hook sees plain numbers at log cadence and never touches the device. Hooks run on the main process only, in order.
 """
 
-import shutil
 import sys
 import time
 from typing import Any
 
 from homelab_scaling import codec
 from homelab_scaling.runs import Row, RunFolder, RunRecord
-from homelab_scaling.specs import RunSpec
 
 Line = dict[str, Any]
 
@@ -64,68 +62,6 @@ class MetricsFile(Hooks):
 
     def noise(self, line: Line) -> None:
         codec.append_jsonl(self.path, [line])
-
-
-class Trackers(Hooks):
-    """TensorBoard (and W&B, MLflow by flag) through Accelerate; decays are curves of their own.
-
-    TensorBoard's files are derived: a resumed segment rewrites them from the surviving metrics, so no curves overlap.
-    """
-
-    def __init__(self, accelerator: Any, folder: RunFolder, spec: RunSpec) -> None:
-        self.accelerator = accelerator
-        self.folder = folder
-        self.spec = spec
-        self.trackers = spec.execution.trackers
-
-    def start(self, kept: list[Line], tokens: int, about: str) -> None:
-        if not self.trackers:
-            return
-        shutil.rmtree(self.folder.tensorboard, ignore_errors=True)
-        run = self.spec.run_id
-        kwargs = {
-            "wandb": {"name": run, "id": run, "resume": "allow", "dir": str(self.folder.path)},
-            "mlflow": {"run_name": run},
-        }
-        # The ladder is the project, so that its runs stand side by side in every tracker.
-        self.accelerator.init_trackers(self.spec.ladder, init_kwargs=kwargs)
-        for line in kept:
-            self._log(line, only="tensorboard")
-
-    def steps(self, lines: list[Line], rate: Line | None) -> None:
-        for line in [*lines, *([rate] if rate else [])]:
-            self._log(line)
-
-    def validated(self, line: Line) -> None:
-        self._log(line)
-
-    def noise(self, line: Line) -> None:
-        self._log(line)
-
-    def end(self) -> None:
-        if self.trackers:
-            # Not accelerator.end_training(): that ends the process group too, and the next run may need it.
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-
-    def _log(self, line: Line, only: str | None = None) -> None:
-        if not self.trackers:
-            return
-        curve = "train" if line["phase"] == "trunk" else line["phase"].replace("@", "-")
-        prefixes = {"step": curve, "val": f"{curve}-val-{line.get('set')}", "rate": "rate", "noise": f"{curve}-noise"}
-        prefix = prefixes[line["kind"]]
-        about = {"kind", "update", "phase", "step", "tokens", "set"}
-        if line["kind"] == "noise":  # its loss and its way of measuring are no curves
-            about |= {"loss", "n_steps", "k", "microbatch_seqs"}
-        values = {f"{prefix}/{k}": v for k, v in line.items() if k not in about and isinstance(v, int | float)}
-        for tracker in self.accelerator.trackers:
-            if only not in (None, tracker.name):
-                continue
-            # TensorBoard takes steps in any order; the others drop what goes back, as a return to a fork does.
-            if tracker.name == "tensorboard":
-                tracker.log(values, step=line["step"])
-            else:
-                tracker.log({**values, f"{prefix}/step": line["step"]}, step=line["update"])
 
 
 class Progress(Hooks):

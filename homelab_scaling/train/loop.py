@@ -24,7 +24,7 @@ from homelab_scaling.train import checkpoint as ckpt
 from homelab_scaling.train import oom, oom_notes
 from homelab_scaling.train.batch_warmup import grows
 from homelab_scaling.train.evaluate import Evaluator, Validation
-from homelab_scaling.train.hooks import Hooks, Line, MetricsFile, Progress, Trackers, surviving
+from homelab_scaling.train.hooks import Hooks, Line, MetricsFile, Progress, surviving
 from homelab_scaling.train.journal import Diverged, Journal, how_it_ended
 from homelab_scaling.train.keeper import Keeper
 from homelab_scaling.train.ledger import make_record, make_row
@@ -36,6 +36,7 @@ from homelab_scaling.train.session import Choices, about_segment, choose, start_
 from homelab_scaling.train.step import Stepper
 from homelab_scaling.train.stop import StopWish
 from homelab_scaling.train.timing import Timing
+from homelab_scaling.train.trackers import Trackers
 from homelab_scaling.watch.energy import read_wall_model
 
 EVAL_BATCH_TOKENS = 16_384

@@ -1,0 +1,1 @@
+"""Finished runs of other people's trainings as points, read off TensorBoard, MLflow or W&B."""
