@@ -2,10 +2,12 @@
 
 The training shards are decoded and read once, whatever the number of tasks; memory holds the evaluation's n-grams and
 nothing of the corpus. A document of 8 to 12 words counts as overlapping where all of it, in one run, is in the training
-text; a shorter one says nothing, and is counted as unknown. All training shards count, also what a short run did not
-reach.
+text; a shorter one says nothing, and is counted as unknown. A long document always shares some phrase: one of more than
+500 words overlaps where more than a fifth of its 13-grams are found. All training shards count, also what a short run
+did not reach.
 
-Source: Brown et al. 2020 (GPT-3), appendix C: 13-grams of lower-case words without marks, never fewer than 8.
+Source: Brown et al. 2020 (GPT-3), appendix C: 13-grams of lower-case words without marks, never fewer than 8; Touvron
+et al. 2023 (Llama 2), section A.6: less than 20 % of a sample is clean.
 """
 
 import codecs
@@ -27,7 +29,8 @@ from homelab_scaling.export.convert import Portable
 from homelab_scaling.specs import stable_hash
 
 N_GRAM, FEWEST_WORDS = 13, 8
-_VERSION = 1
+LONG_WORDS, LONG_FRAC = 500, 0.2
+_VERSION = 2
 """Of words and rule: a cached answer of another one is not used."""
 _TOKENS_AT_ONCE = 1 << 19
 
@@ -47,6 +50,8 @@ class Overlap:
     """Document -> share of its n-grams that the training text has too."""
     too_short: tuple[str, ...]
     """Documents of fewer than FEWEST_WORDS words."""
+    long: tuple[str, ...] = ()
+    """Documents of more than LONG_WORDS words: these overlap from LONG_FRAC on."""
     seconds: float
     """Of reading the training text."""
     mb_per_s: float | None
@@ -54,8 +59,8 @@ class Overlap:
 
     @property
     def n_overlapping(self) -> int:
-        """Documents with at least one n-gram in common."""
-        return sum(frac > 0 for frac in self.found_frac.values())
+        """Documents that overlap."""
+        return sum(map(bool, self.by_document().values()))
 
     @property
     def overlap_frac(self) -> float | None:
@@ -71,12 +76,16 @@ class Overlap:
         return f"{n} of {n + len(self.found_frac)} documents have fewer than {FEWEST_WORDS} words"
 
     def clean(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Those of documents that were looked for and have nothing in common."""
-        return [outcome for outcome in outcomes if self.found_frac.get(outcome.doc_id, 1.0) == 0]
+        """Those of documents that were looked for and do not overlap."""
+        overlaps = self.by_document()
+        return [outcome for outcome in outcomes if overlaps.get(outcome.doc_id) is False]
 
     def by_document(self) -> dict[str, bool | None]:
         """Whether each document overlaps; None where that is unknown."""
-        known: dict[str, bool | None] = {doc_id: frac > 0 for doc_id, frac in self.found_frac.items()}
+        long = set(self.long)
+        known: dict[str, bool | None] = {
+            doc_id: frac > (LONG_FRAC if doc_id in long else 0) for doc_id, frac in self.found_frac.items()
+        }
         return known | dict.fromkeys(self.too_short)
 
 
@@ -146,6 +155,7 @@ class TrainingText:
                     for doc_id, (n, grams) in wanted.grams.items()
                 },
                 too_short=tuple(wanted.too_short),
+                long=tuple(wanted.long),
                 seconds=seconds,
                 mb_per_s=n_bytes / 1e6 / seconds if n_bytes and seconds > 0 else None,
             )
@@ -176,6 +186,7 @@ class _Wanted:
     def __init__(self, documents: Sequence[Document]) -> None:
         self.language = language_of([document.text for document in documents])
         self.too_short: list[str] = []
+        self.long: list[str] = []
         self.grams: dict[str, tuple[int, Hashes]] = {}
         """Document -> their length, and their hashes."""
         for document in documents:
@@ -184,6 +195,7 @@ class _Wanted:
                 self.too_short.append(document.doc_id)
             else:
                 n = min(N_GRAM, len(words))
+                self.long += [document.doc_id] * (len(words) > LONG_WORDS)
                 self.grams[document.doc_id] = n, gram_hashes(words, n)
 
 

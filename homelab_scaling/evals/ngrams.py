@@ -141,15 +141,18 @@ def _hash_block(text: str, language: Language) -> Hashes:
 @functools.cache
 def _kinds(language: Language) -> npt.NDArray[np.uint8]:
     """What each character is to a word: a letter of it, a word alone, or what parts words."""
-    kinds = np.zeros(_N_CODEPOINTS, np.uint8)
-    for code in range(_N_CODEPOINTS):
-        char = chr(code)
-        if char.isalnum():
-            kinds[code] = _LETTER
-        elif language == "code" and 32 < code < 127 and char != "_":
+    kinds = _letters().copy()
+    for code in range(33, 127) if language == "code" else ():
+        if not chr(code).isalnum() and chr(code) != "_":
             kinds[code] = _ALONE
     kinds[ord(BARRIER)] = _ALONE
     return kinds
+
+
+@functools.cache
+def _letters() -> npt.NDArray[np.uint8]:
+    letters = (chr(code).isalnum() for code in range(_N_CODEPOINTS))
+    return np.fromiter(letters, np.bool_, _N_CODEPOINTS) * np.uint8(_LETTER)
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """A line of real text and its corrupted twin, made by rules that need no grammar of any language.
 
 Most rules exchange two pieces of the line, so that both twins hold the same characters, a model that only counts gains
-nothing, and neither is longer. What the text is decides the rules.
+nothing, and neither is longer. The others put one word of a closed pair for the other, as often in one direction as in
+the other. What the text is decides the rules.
 
-Code:   `brackets` an opening bracket and the one that closes it; `identifiers` two names of the line; `neighbours` two
-        adjacent pieces, one of them a name; `indentation` of two consecutive lines.
-Prose:  `word order` two adjacent words; `far words` two words with others between; `agreement` one word of a closed
-        pair (is/are, was/were, ...) by the other, taken as often in one direction as in the other.
+Code:   `brackets` two pairs of different kinds get each other's kind; `identifiers` two names of the line exchanged;
+        `indentation` two consecutive lines get each other's; `opposites` one of a closed pair (==/!=, and/or, ...).
+Prose:  `word order` two adjacent words exchanged; `far words` two words with others between; `agreement` one of a
+        closed pair (is/are, was/were, ...).
 """
 
 import re
@@ -18,6 +19,12 @@ from random import Random
 from homelab_scaling.evals.texts import Language
 
 AGREEMENT = (("is", "are"), ("was", "were"), ("has", "have"), ("this", "these"))
+OPPOSITES = (
+    *(("==", "!="), ("<", ">"), ("<=", ">="), ("+", "-"), ("&&", "||"), ("and", "or"), ("0", "1")),
+    *(("True", "False"), ("true", "false"), ("min", "max"), ("start", "end"), ("first", "last")),
+)
+IN_COUPLES = ("agreement", "opposites")
+"""Rules whose two directions must be taken equally often."""
 MOST_LINE_CHARS, FEWEST_LINE_CHARS = 200, 8
 _FEWEST_WORDS = 5
 _PIECES = re.compile(r"\w+|[^\w\s]+")
@@ -59,14 +66,14 @@ def n_lines(rule: str) -> int:
     return 2 if rule == "indentation" else 1
 
 
-def agreement_direction(twins: Twins) -> tuple[str, str]:
-    """(word that was there, word put in its place)."""
-    real, other = _WORDS.findall(twins.real), _WORDS.findall(twins.corrupted)
-    return next((a.lower(), b.lower()) for a, b in zip(real, other, strict=True) if a != b)
+def direction(twins: Twins) -> tuple[str, str]:
+    """(piece that was there, piece put in its place) of a rule IN_COUPLES."""
+    real, other = _PIECES.findall(twins.real), _PIECES.findall(twins.corrupted)
+    return next((a, b) for a, b in zip(real, other, strict=True) if a != b)
 
 
 def _brackets(line: str, rng: Random) -> str | None:
-    """f(x) -> f)x(: a matched pair that is not empty of choice, exchanged."""
+    """f(x[0]) -> f[x(0)]: the kinds of two matched pairs exchanged."""
     if _COMMENT.match(line):
         return None
     open_at: list[int] = []
@@ -76,7 +83,13 @@ def _brackets(line: str, rng: Random) -> str | None:
             open_at.append(i)
         elif open_at and char == _CLOSES[line[open_at[-1]]]:
             matched.append((open_at.pop(), i))
-    return _exchange(line, *_spans(rng.choice(matched), 1)) if matched else None
+    fitting = [(a, b) for i, a in enumerate(matched) for b in matched[i + 1 :] if line[a[0]] != line[b[0]]]
+    if not fitting:
+        return None
+    chars, (a, b) = list(line), rng.choice(fitting)
+    for (mine, other), (yours, another) in ((a, b), (b, a)):
+        chars[mine], chars[other] = line[yours], line[another]
+    return "".join(chars)
 
 
 def _identifiers(line: str, rng: Random) -> str | None:
@@ -88,17 +101,9 @@ def _identifiers(line: str, rng: Random) -> str | None:
     return _exchange(line, *rng.choice(fitting)) if fitting else None
 
 
-def _neighbours(line: str, rng: Random) -> str | None:
-    """for x in y -> for in x y: two adjacent pieces, at least one a name or number."""
-    if _COMMENT.match(line):
-        return None
-    found = [m.span() for m in _PIECES.finditer(line)]
-    fitting = [
-        (a, b)
-        for a, b in pairwise(found)
-        if line[slice(*a)] != line[slice(*b)] and (line[a[0]].isalnum() or line[b[0]].isalnum())
-    ]
-    return _exchange(line, *rng.choice(fitting)) if fitting else None
+def _opposites(line: str, rng: Random) -> str | None:
+    """if a == b and c: -> if a != b and c:, one piece by the other of its pair."""
+    return None if _COMMENT.match(line) else _other_of_pair(line, OPPOSITES, rng)
 
 
 def _indentation(lines: str, _rng: Random) -> str | None:
@@ -138,11 +143,13 @@ def _far_words(line: str, rng: Random) -> str | None:
 
 
 def _agreement(line: str, rng: Random) -> str | None:
-    """One word of a closed pair by the other, in its own case."""
-    if len(_WORDS.findall(line)) < _FEWEST_WORDS:
-        return None
-    other = {a: b for pair in AGREEMENT for a, b in (pair, pair[::-1])}
-    found = [m for m in _WORDS.finditer(line) if m.group() in other]
+    """The old houses were cold. -> The old houses was cold."""
+    return _other_of_pair(line, AGREEMENT, rng) if len(_WORDS.findall(line)) >= _FEWEST_WORDS else None
+
+
+def _other_of_pair(line: str, pairs: tuple[tuple[str, str], ...], rng: Random) -> str | None:
+    other = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+    found = [m for m in _PIECES.finditer(line) if m.group() in other]
     if not found:
         return None
     chosen = rng.choice(found)
@@ -153,8 +160,8 @@ _RULES: dict[Language, dict[str, Rule]] = {
     "code": {
         "brackets": _brackets,
         "identifiers": _identifiers,
-        "neighbours": _neighbours,
         "indentation": _indentation,
+        "opposites": _opposites,
     },
     "prose": {"word order": _word_order, "far words": _far_words, "agreement": _agreement},
 }
@@ -162,7 +169,3 @@ _RULES: dict[Language, dict[str, Rule]] = {
 
 def _exchange(line: str, a: tuple[int, int], b: tuple[int, int]) -> str:
     return line[: a[0]] + line[slice(*b)] + line[a[1] : b[0]] + line[slice(*a)] + line[b[1] :]
-
-
-def _spans(places: tuple[int, int], n: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (places[0], places[0] + n), (places[1], places[1] + n)

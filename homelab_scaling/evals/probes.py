@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from homelab_scaling.errors import DataError
 from homelab_scaling.evals.bpb import encode, ids_of, prefix_id
-from homelab_scaling.evals.pairs import Twins, agreement_direction, corrupt, n_lines, rules_of
+from homelab_scaling.evals.pairs import IN_COUPLES, Twins, corrupt, direction, n_lines, rules_of
 from homelab_scaling.evals.results import Document, Kind, Outcome, Setting
 from homelab_scaling.evals.scorer import choose, score
 from homelab_scaling.evals.texts import HeldDocument, HeldOut, Language
@@ -309,7 +309,7 @@ class MinimalPairs(Probe):
                 found |= dict(_pair_items(document, rule, language, per_document, rng))
             names = Random(f"{self.name} {self.seed} {rule}").sample(sorted(found), len(found))
             mixed = {doc_id: found[doc_id] for doc_id in names}
-            by_rule[rule] = _in_couples(mixed) if rule == "agreement" else mixed
+            by_rule[rule] = _in_couples(mixed) if rule in IN_COUPLES else mixed
         taken = _share_of(by_rule, self.n_items)
         if not taken:
             raise DataError(
@@ -379,7 +379,7 @@ def _in_couples(found: dict[str, PairItem]) -> dict[str, PairItem]:
     """Pairs with a -> b and with b -> a in turn, as many of each: the commoner word does not win by being common."""
     by_direction: dict[tuple[str, str], list[str]] = {}
     for doc_id, item in found.items():
-        by_direction.setdefault(agreement_direction(item.twins), []).append(doc_id)
+        by_direction.setdefault(direction(item.twins), []).append(doc_id)
     couples = [
         list(zip(ids, by_direction.get((b, a), []), strict=False)) for (a, b), ids in by_direction.items() if a < b
     ]
@@ -388,11 +388,11 @@ def _in_couples(found: dict[str, PairItem]) -> dict[str, PairItem]:
 
 
 def _share_of(by_rule: dict[str, dict[str, PairItem]], n: int) -> dict[str, PairItem]:
-    """The first of each rule, n in all, shared as equally as what was found allows; `agreement` in whole couples."""
+    """The first of each rule, n in all, shared as equally as what was found allows; those IN_COUPLES by couples."""
     taken: dict[str, PairItem] = {}
     for i, rule in enumerate(sorted(by_rule, key=lambda rule: len(by_rule[rule]))):
         wanted = (n - len(taken)) // (len(by_rule) - i)
-        wanted -= wanted % 2 if rule == "agreement" else 0
+        wanted -= wanted % 2 if rule in IN_COUPLES else 0
         taken |= dict(islice(by_rule[rule].items(), wanted))
     return taken
 

@@ -24,8 +24,8 @@ from homelab_scaling.specs import stable_hash
 Language = Literal["code", "prose"]
 
 MAX_DOCUMENTS = 1000
-MAX_DOCUMENT_BYTES = 64 * 1024
-"""Of a longer document the beginning is taken, so that one book is not the whole evaluation."""
+MAX_DOCUMENT_BYTES = 16 * 1024
+"""Of a longer document the beginning is taken, so that one book, or one large file, is not the whole evaluation."""
 _PIECE_TOKENS = 2048
 """A document of shards whose documents cannot be told apart."""
 _SAMPLE_CHARS, _CODE_FRAC = 2000, 0.04

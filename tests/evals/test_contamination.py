@@ -106,6 +106,20 @@ def test_nothing_long_enough(model) -> None:
     assert (found.overlap_frac, found.n_overlapping, found.mb_per_s) == (None, 0, None)
 
 
+def test_long_documents_overlap_from_a_fifth_on(model, trained_on: list[list[str]]) -> None:
+    """A phrase in common is nothing in a book; in a passage it is."""
+    rng = random.Random(4)
+    passages = [sentence(rng, n) for n in (480, 520, 520)]
+    for words, n_quoted in zip(passages, (1, 1, 3), strict=True):
+        for i in range(n_quoted):
+            words[i * 60 : i * 60 + 50] = trained_on[i][:50] if len(trained_on[i]) >= 50 else trained_on[8 + i][:50]
+    found = TrainingText(model, cache=None).overlap(documents(*map(" ".join, passages)))
+    assert found.long == ("1", "2")
+    assert 0 < found.found_frac["1"] < 0.2 < found.found_frac["2"] < 0.4
+    assert found.by_document() == {"0": True, "1": False, "2": True}
+    assert [o.doc_id for o in found.clean([Outcome(doc_id=str(i), value=1.0, n_tokens=1) for i in range(3)])] == ["1"]
+
+
 def test_held_out_words_are_not_training_words(model) -> None:
     shards = open_shards(model.shards)
     text = shards.tokenizer().decode(shards.val[: len(shards.val)])

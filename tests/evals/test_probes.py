@@ -13,7 +13,7 @@ from homelab_scaling.errors import DataError
 from homelab_scaling.evals.bpb import BitsPerByte
 from homelab_scaling.evals.intervals import share
 from homelab_scaling.evals.own import OWN_TASKS, own_tasks, why_no_text
-from homelab_scaling.evals.pairs import agreement_direction, corrupt, rules_of
+from homelab_scaling.evals.pairs import IN_COUPLES, corrupt, direction, rules_of
 from homelab_scaling.evals.probes import Copy, LastWord, MinimalPairs
 from homelab_scaling.evals.texts import held_out, language_of
 
@@ -41,9 +41,9 @@ def module(rng: random.Random) -> str:
         name, left, right = rng.sample(NOUNS, 3)
         lines += [
             f"def {name}({left}, {right}):",
-            f"    if {left} > {right}:",
-            f"        return {left}[{rng.randrange(9)}] + {right}",
-            f"    {right} = {rng.choice(NOUNS)}({left})",
+            f"    if {left} {rng.choice('<>')} {right}:",
+            f"        return {left}[{rng.randrange(9)}] {rng.choice('+-')} {right}",
+            f"    {right} = {rng.choice(NOUNS)}({left}[{right}])",
             f"    return {right}",
             "",
         ]
@@ -224,17 +224,18 @@ def test_pairs_differ_by_their_rule_alone(code: Path, prose: Path) -> None:
             real, other = item.twins.real, item.twins.corrupted
             assert real != other
             assert texts[document][int(place) - len(item.before) :].startswith(item.before + real)
-            if rule != "agreement":
+            if rule not in IN_COUPLES:
                 assert sorted(real) == sorted(other)
 
 
-def test_agreement_goes_both_ways_equally(prose: Path) -> None:
-    model = model_on(prose)
-    items = MinimalPairs(model, held_out(model), limit=300).items
+@pytest.mark.parametrize(("kind", "rule"), [("prose", "agreement"), ("code", "opposites")])
+def test_closed_pairs_go_both_ways_equally(kind: str, rule: str, request: pytest.FixtureRequest) -> None:
+    model = model_on(request.getfixturevalue(kind))
+    items = MinimalPairs(model, held_out(model), limit=301).items
     counts: dict[tuple[str, str], int] = {}
     for doc_id, item in items.items():
-        if doc_id.startswith("agreement"):
-            pair = agreement_direction(item.twins)
+        if doc_id.startswith(rule):
+            pair = direction(item.twins)
             counts[pair] = counts.get(pair, 0) + 1
     assert counts
     for (a, b), n in counts.items():
@@ -244,12 +245,14 @@ def test_agreement_goes_both_ways_equally(prose: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "line", "twins"),
     [
-        ("brackets", "    x = f(y[0])\n", {"    x = f)y[0](\n", "    x = f(y]0[)\n"}),
-        ("brackets", "# see f(x) for more\n", {None}),
+        ("brackets", "    x = f(y[0])\n", {"    x = f[y(0)]\n"}),
+        ("brackets", "    x = f(y(0))\n", {None}),
+        ("brackets", "# see f(x[0]) for more\n", {None}),
         ("brackets", "x = y - 1 + )z(\n", {None}),
         ("identifiers", "total = count\n", {"count = total\n"}),
         ("identifiers", "total += total\n", {None}),
-        ("neighbours", "value = 1\n", {"= value 1\n", "value 1 =\n"}),
+        ("opposites", "if x == 0 -> y\n", {"if x != 0 -> y\n", "if x == 1 -> y\n"}),
+        ("opposites", "value -= 10\n", {None}),
         ("indentation", "if abc:\n    return x", {"    if abc:\nreturn x"}),
         ("indentation", "abc = 1\ndef = 2", {None}),
         ("indentation", "if abc:\n\n", {None}),
@@ -279,9 +282,9 @@ def test_rules_of_prose(rule: str, line: str, twins: set[str | None]) -> None:
     assert {twin.corrupted if twin is not None else None for twin in found} == twins
 
 
-@pytest.mark.parametrize("piece", ["x = 1", "y" * 201, "a = b(\ufffd, c)"])
+@pytest.mark.parametrize("piece", ["x = yy", "yy = " * 41, "aa = bb(\ufffd, cc)"])
 def test_lines_too_short_too_long_or_broken_are_left(piece: str) -> None:
-    assert corrupt(piece, "neighbours", "code", Random(0)) is None
+    assert corrupt(piece, "identifiers", "code", Random(0)) is None
 
 
 # --------------------------------------------------------------------------------------------------------------- common
