@@ -13,6 +13,7 @@ from pathlib import Path
 from homelab_scaling import codec
 from homelab_scaling.box import Box
 from homelab_scaling.errors import SpecError
+from homelab_scaling.fit.words import listed
 from homelab_scaling.ladder import Ladder
 from homelab_scaling.plan import cost
 from homelab_scaling.plan.cost import MeasuredRate
@@ -146,7 +147,7 @@ def plan_ladder(
     rungs = tuple(plan_rung(given, rung) for rung in ladder.rungs)
     warnings.extend(_across_rungs(ladder, rungs))
     if start is not None:
-        warnings.append(_about_start(start, n_vocab, rungs))
+        warnings.append(_about_start(ladder, start, n_vocab, rungs))
     if (
         tuning := cost_words(ladder, rungs, {r.name for r in tuned.rungs} | set(tuned.kept) if tuned else ())
     ) is not None:
@@ -253,7 +254,7 @@ def _across_rungs(ladder: Ladder, rungs: tuple[RungPlan, ...]) -> list[str]:
     return found
 
 
-def _about_start(start: Start, n_vocab: int, rungs: tuple[RungPlan, ...]) -> str:
+def _about_start(ladder: Ladder, start: Start, n_vocab: int, rungs: tuple[RungPlan, ...]) -> str:
     """What beginning from another model's weights means for this ladder, in a sentence or two.
 
     Raises:
@@ -272,13 +273,20 @@ def _about_start(start: Start, n_vocab: int, rungs: tuple[RungPlan, ...]) -> str
             f"context_tokens {s.context_tokens} and {'a tied' if s.tied else 'its own'} output head, as no rung has; "
             "give one that shape"
         )
-    names = ", ".join(rung.name for rung in begun)
-    others = ", ".join(rung.name for rung in rungs if rung not in begun)
-    apart = f"; {others} begin from random weights" if others else ""
+    names, one = listed([rung.name for rung in begun]), len(begun) == 1
+    others = listed([rung.name for rung in rungs if rung not in begun])
+    theirs = {rung.name for rung in ladder.rungs if rung.lr_peak is not None}
+    fast = [rung for rung in begun if rung.name not in theirs]
+    said = (
+        f"rung{'s' * (not one)} {names} begin{'s' * one} from the weights of {start.name}"
+        f"{f' ({others} from random ones)' if others else ''}; what that was trained with is in no figure here, so "
+        "such rows belong to no law of training from random weights"
+    )
+    if not fast:
+        return said
     return (
-        f"rung {names} begins from the weights of {start.name}{apart}. What those were trained with is in none of its "
-        f"figures, so its rows belong to no law of models from random weights; its peak rate of "
-        f"{begun[0].training.lr_peak:.2g} is meant for those, too: fine-tuning wants less, set its lr_peak"
+        f"{said}; the peak rate of {fast[0].training.lr_peak:.2g} is one for random weights, and going on from trained "
+        f"ones usually wants less: set lr_peak of {listed([rung.name for rung in fast])}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from dataclasses import replace
 
 from homelab_scaling.fit.laws import get_law
@@ -9,7 +10,7 @@ from homelab_scaling.fit.predict import draws_of, predict_loss, predict_split
 from homelab_scaling.fit.result import Estimate, FitReport, ScalingFit
 from homelab_scaling.fit.words import listed, number, short
 from homelab_scaling.report.bills import energy_and_money
-from homelab_scaling.report.collect import LabView
+from homelab_scaling.report.collect import LabView, RunView
 from homelab_scaling.report.corpus import sources
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading
 from homelab_scaling.report.words import (
@@ -95,13 +96,24 @@ def _recipe_lines(view: LabView) -> list[str]:
         return listed([str(v) for v in dict.fromkeys(values)])
 
     seeds = list(dict.fromkeys(s.seed for s in sciences))
+    begun = [run for run in view.runs if run.spec is not None and run.spec.science.start is not None]
     decays = all_of(f"{100 * s.schedule.decay_frac:g} %" for s in sciences)
     return [
         f"Recipe: context {all_of(s.shape.context_tokens for s in sciences)} tokens, "
         f"{all_of(s.optim.name for s in sciences)}, {all_of(s.precision for s in sciences)}, schedule "
         f"{all_of(s.schedule.name for s in sciences)} with {decays} "
-        f"decay, seed{plural(len(seeds))} {listed([str(s) for s in seeds])}. Only decayed losses are rows."
+        f"decay, seed{plural(len(seeds))} {listed([str(s) for s in seeds])}. Only decayed losses are rows.",
+        *([_begun_line(begun)] if begun else []),
     ]
+
+
+def _begun_line(begun: list[RunView]) -> str:
+    weights = {(run.spec.science.start, run.spec.execution.start_from) for run in begun if run.spec is not None}
+    named = listed(sorted(f"`{Path(folder or '').name}` (SHA-256 {(sha or '')[:12]})" for sha, folder in weights))
+    return (
+        f"Not from random weights: {listed([run.run_id for run in begun])} began from those of {named}, and what these "
+        "were trained with is in no figure here."
+    )
 
 
 def _rows_table(view: LabView) -> Grid:

@@ -95,7 +95,9 @@ def test_only_the_rung_of_its_shape_begins_from_it(plan, checkpoint: Path) -> No
     assert m.execution.start_from == str(checkpoint)
     assert replace(m.science, start=None) == plain.runs[1].science
     said = " ".join(begun.warnings)
-    assert "rung m begins from the weights of base; s begin from random weights" in said and "lr_peak" in said
+    assert "rung m begins from the weights of base (s from random ones)" in said and "set lr_peak of m" in said
+    slow = replace(ladder("base").rungs[1], lr_peak=1e-4)
+    assert "set lr_peak" not in " ".join(plan("base", rungs=(ladder("base").rungs[0], slow)).warnings)
 
 
 def test_the_weights_name_the_run_and_their_place_does_not(plan, checkpoint: Path, tmp_path: Path) -> None:
