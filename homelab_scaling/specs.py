@@ -442,6 +442,15 @@ class ExecutionSpec:
         every = self.noise_every_steps
         require(every is None or every >= 1, f"execution.noise_every_steps = {every}, wants 1 or more")
 
+    @property
+    def start_name(self) -> str | None:
+        """Of `start_from`, as people call it: a model's name on the hub, or its folder's."""
+        if self.start_from is None:
+            return None
+        *_, in_cache, snapshots, folder = ("", "", "", *self.start_from.rstrip("/").split("/"))
+        is_hub = snapshots == "snapshots" and in_cache.startswith("models--")
+        return in_cache.removeprefix("models--").replace("--", "/") if is_hub else folder
+
     def accumulation_steps(self, science: ScienceSpec) -> int:
         """Forward passes per rank and optimizer step; SpecError if the batch does not divide."""
         per_pass = self.n_processes * self.microbatch_seqs_per_rank

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from homelab_scaling.errors import HomelabError
 from homelab_scaling.export.check import Check, Sample
@@ -119,6 +118,9 @@ def write_card(trained: Trained, *, dtype: str, check: Check, samples: tuple[Sam
 
 def _front_matter(trained: Trained) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    base = trained.spec.execution.start_name or ""
+    if trained.spec.science.start is not None and "/" in base:  # a model of the hub
+        lines.insert(0, f"base_model: {base}")
     lines += [f"- {tag}" for tag in ("gpt2", "scaling-laws", "homelab_scaling")]
     return "\n".join(["---", *lines, "---"])
 
@@ -141,8 +143,7 @@ def _what(trained: Trained, check: Check) -> str:
 
 
 def _start(trained: Trained) -> str:
-    folder = trained.spec.execution.start_from
-    name = f"`{Path(folder).name}` " if folder else ""
+    name = f"`{trained.spec.execution.start_name}` " if trained.spec.execution.start_name else ""
     return f"{name}(SHA-256 {(trained.spec.science.start or '')[:12]})"
 
 

@@ -142,8 +142,8 @@ def _write_words(
 def public_facts(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts without the paths of the machine they come from."""
     spec = {key: value for key, value in facts["spec"].items() if key != "shards"}
-    if (start := spec["execution"]["start_from"]) is not None:
-        spec["execution"] = spec["execution"] | {"start_from": public_source(start)}
+    execution = spec["execution"]
+    spec["execution"] = execution | {"start_from": public_source(execution["start_from"] or "") or None}
     corpus = facts["corpus"]
     if corpus is not None:
         sources = [public_source(one) for one in corpus["sources"]]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from dataclasses import replace
 
 from homelab_scaling.fit.laws import get_law
@@ -108,8 +107,8 @@ def _recipe_lines(view: LabView) -> list[str]:
 
 
 def _begun_line(begun: list[RunView]) -> str:
-    weights = {(run.spec.science.start, run.spec.execution.start_from) for run in begun if run.spec is not None}
-    named = listed(sorted(f"`{Path(folder or '').name}` (SHA-256 {(sha or '')[:12]})" for sha, folder in weights))
+    weights = {(run.spec.science.start, run.spec.execution.start_name) for run in begun if run.spec is not None}
+    named = listed(sorted(f"`{name}` (SHA-256 {(sha or '')[:12]})" for sha, name in weights))
     return (
         f"Not from random weights: {listed([run.run_id for run in begun])} began from those of {named}, and what these "
         "were trained with is in no figure here."

@@ -172,8 +172,8 @@ def about_segment(spec: RunSpec, choices: Choices, machine: Machine, *, step: in
     """The segment in a line: what `auto` became, and why; before it, each checkpoint that could not be used."""
     micro, accumulation = spec.execution.microbatch_seqs_per_rank, spec.execution.accumulation_steps(spec.science)
     said = [f"{spec.run_id}: skipped checkpoint {why}" for why in skipped]
-    begun = spec.execution.start_from if spec.science.start is not None else None
-    starts = f"starts from the weights of {Path(begun).name}" if begun else "starts"
+    begun = spec.execution.start_name if spec.science.start is not None else None
+    starts = f"starts from the weights of {begun}" if begun else "starts"
     said.append(
         f"{spec.run_id} {f'goes on at step {step}' if step else starts} on {machine.device}, {machine.n_processes} x "
         f"{micro} sequences x {accumulation}, {spec.science.precision}; torch.compile "
