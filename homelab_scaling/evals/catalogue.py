@@ -58,10 +58,10 @@ class Catalogue:
             if not path.is_file():
                 raise SpecError(f"{name}: no such file; give an existing YAML or JSONL file, or the name of a task")
             return self._build(str(path.resolve()), _entry_of(path), self._own or self._none)
-        for manager in (self._own, self._near(name), None):
-            found = self._all if manager is None else manager
-            if found is not None and name in found.task_index:
-                return self._build(name, found.task_index[name], found)
+        for find in (lambda: self._own, lambda: self._near(name), lambda: self._all):
+            manager = find()
+            if manager is not None and name in manager.task_index:
+                return self._build(name, manager.task_index[name], manager)
         known = [*OWN_TASKS, *HARNESS, *self._all.all_tasks, *(self._own.all_tasks if self._own else ())]
         raise SpecError(
             f"there is no task {name!r}{nearest(name, known) or '; `homelab eval --list` names the usual ones'}"
@@ -83,7 +83,7 @@ class Catalogue:
             return TaskManager()
 
     def _near(self, name: str) -> Any:
-        """Only the folder where a usual task is defined: the index of all of them takes its time."""
+        """Only the folder where a usual task is defined: the index of all of them takes seconds."""
         if name not in HARNESS:
             return None
         import lm_eval
@@ -93,7 +93,9 @@ class Catalogue:
     def _build(self, spec: str, entry: Any, manager: Any) -> list[Loaded]:
         known = HARNESS.get(spec) if self._own is None or spec not in self._own.task_index else None
         name = entry.name
-        with self._online(name, _datasets_of(entry, manager)), _beside(entry), quiet():
+        leaves = _leaves(entry, manager)
+        data = sorted({one for leaf in leaves for one in _datasets_of(leaf)})
+        with self._online(name, data), _beside(leaves), quiet():
             try:
                 found = manager.load([spec])
             except HomelabError:
@@ -168,34 +170,42 @@ def _config_of(entry: Any) -> dict[str, Any]:
     return found
 
 
-def _datasets_of(entry: Any, manager: Any) -> list[str]:
-    """Names of data on the hub behind a task, a group or a tag."""
-    config = _config_of(entry)
-    children = config.get("task") if "group" in config else sorted(entry.tags) if entry.yaml_path is None else None
-    if isinstance(children, list):
-        named = [child if isinstance(child, str) else child.get("task") for child in children]
-        entries = [manager.task_index[child] for child in named if child in manager.task_index]
-        return sorted({name for one in entries for name in _datasets_of(one, manager)})
-    name = config.get("dataset_path")
-    is_local = name is None or name in READERS or Path(str(name)).exists() or _is_beside(entry, str(name))
+def _leaves(entry: Any, manager: Any) -> list[Any]:
+    """The single tasks behind a task, a group or a tag."""
+    children = sorted(entry.tags) if entry.yaml_path is None else _config_of(entry).get("task")
+    if not isinstance(children, list):
+        return [entry]
+    named = [child if isinstance(child, str) else child.get("task") or child.get("group") for child in children]
+    found = [manager.task_index[name] for name in named if name in manager.task_index]
+    return [leaf for one in found for leaf in _leaves(one, manager)]
+
+
+def _datasets_of(leaf: Any) -> list[str]:
+    """The name of a single task's data, where they are on the hub."""
+    name = _config_of(leaf).get("dataset_path")
+    is_local = name is None or name in READERS or Path(str(name)).exists() or _is_beside(leaf, str(name))
     return [] if is_local else [str(name)]
 
 
-def _is_beside(entry: Any, name: str) -> bool:
-    return entry.yaml_path is not None and (Path(entry.yaml_path).parent / name).exists()
+def _is_beside(leaf: Any, name: str) -> bool:
+    return leaf.yaml_path is not None and (Path(leaf.yaml_path).parent / name).exists()
 
 
-@contextlib.contextmanager
-def _beside(entry: Any) -> Iterator[None]:
-    """In the task's own folder where its files lie there and not here: lm-eval looks only where it was started."""
-    config = _config_of(entry)
+def _home(leaf: Any) -> Path | None:
+    """The task's own folder where its files lie there and not here: lm-eval looks only where it was started."""
+    config = _config_of(leaf)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     names = [files] if isinstance(files, str) else list((files or {}).values()) if isinstance(files, dict) else []
     names = [name for name in [*names, config.get("dataset_path")] if isinstance(name, str)]
-    if any(_is_beside(entry, name) and not Path(name).exists() for name in names):
-        with contextlib.chdir(Path(entry.yaml_path).parent):
-            yield
-    else:
+    beside = any(_is_beside(leaf, name) and not Path(name).exists() for name in names)
+    return Path(leaf.yaml_path).parent if beside else None
+
+
+@contextlib.contextmanager
+def _beside(leaves: Sequence[Any]) -> Iterator[None]:
+    """In the folder of the tasks whose files lie beside them; that of the first, where they lie in several."""
+    homes = [home for leaf in leaves if (home := _home(leaf)) is not None]
+    with contextlib.chdir(homes[0]) if homes else contextlib.nullcontext():
         yield
 
 

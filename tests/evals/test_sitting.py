@@ -39,7 +39,7 @@ def without_price(score: Score) -> Score:
 def test_stopped_anywhere_it_goes_on_and_asks_nothing_twice(tmp_path: Path, task: Noted, kind: str) -> None:
     task = replace(task, kind=kind)
     whole = sitting(tmp_path / "whole").evaluate(replace(task, notes=tmp_path / "other.jsonl"))
-    for n_checks in (0, 1, 1, 2):
+    for n_checks in (0, 1, 1):
         with pytest.raises(Stopped, match=r"stopped by SIGINT in noted, \d+ of 50 documents left; the same command"):
             sitting(tmp_path / "m", stopped=stop_after(n_checks)).evaluate(task)
     assert not list((tmp_path / "m").glob("noted.json")), "half a task has no score"
@@ -223,6 +223,7 @@ class Timed(Noted):
 def priced(
     folder: Path, *, money: Money, meter: type | None = None, blind_frac: float = 0.0, sittings: int = 1
 ) -> Score:
+    folder.mkdir(exist_ok=True)
     task = Timed(n=100, notes=folder / "notes.jsonl")
     for number in range(sittings):
         now = [1000.0 * number]
