@@ -16,7 +16,7 @@ from homelab_scaling.fit.models import Array
 from homelab_scaling.fit.words import brief, listed, short
 from homelab_scaling.report.collect import LabView, RunView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Paragraph
-from homelab_scaling.report.words import loss_text
+from homelab_scaling.report.words import flops_text, loss_text
 
 MIN_POINTS = 4
 """On the way, for a slope and its halves."""
@@ -170,13 +170,15 @@ def _spent(view: LabView) -> tuple[RunView, float]:
 
 def _table(view: LabView, n_steps: int, slopes: dict[str, ModelSlope]) -> Grid:
     least, spent = _spent(view)
+    own = way_of(least)
+    common = spent if own is None else float(own.flops[-1])
     lines = []
     for run in _ends(view):
         slope, way = slopes.get(run.rung), way_of(run)
         if run.spec is None or slope is None or way is None:
             continue
         flops = run.flops_per_token * _end_tokens(run)
-        then = way.loss_at(spent)
+        then = way.loss_at(common)
         lines.append(
             (
                 run.rung,
@@ -200,14 +202,14 @@ def _table(view: LabView, n_steps: int, slopes: dict[str, ModelSlope]) -> Grid:
     return Grid(
         head=(
             "rung", "N", "loss ± se", "FLOPs", "of the least", "tokens/N", "slope", "first half", "second half",
-            f"loss at {spent:.1e}",
+            f"loss at {flops_text(common)}",
         ),
         rows=tuple(lines),
         left=frozenset({"rung"}),
         caption=f"After {n_steps:,} steps each. The slope is that of the held-out loss against the model's own compute "
         f"in log-log, over all points after the warm-up, {interval}; the same over either half of the points says how "
-        f"far it depends on where one looks. Last, each curve (of the small held-out set) where it had spent what "
-        f"{least.rung} spends in all.",
+        f"far it depends on where one looks. Last, each curve (of the small held-out set) at the FLOPs where that "
+        f"of {least.rung} ends.",
     )  # fmt: skip
 
 
@@ -246,15 +248,19 @@ def _not_compute(view: LabView, slopes: dict[str, ModelSlope]) -> str:
     way, own = way_of(largest), way_of(least)
     if way is None or own is None or largest.rung not in slopes:
         return f"{said}."
-    then, end = way.loss_at(spent), float(own.losses[-1])
+    common = float(own.flops[-1])
+    then, end = way.loss_at(common), float(own.losses[-1])
     if then is None:
-        step = spent / largest.flops_per_token / largest.spec.science.batch_tokens_global
+        step = common / largest.flops_per_token / largest.spec.science.batch_tokens_global
         return (
-            f"{said}: for what {least.rung} spends in all, {largest.rung} takes about {max(1.0, step):.0f} steps, and "
-            "its curve begins later."
+            f"{said}: for what {least.rung} had spent where its curve ends, {largest.rung} takes about "
+            f"{max(1.0, step):.0f} steps, and its own curve begins later."
         )
     better = "lower" if then < end else "higher"
-    return f"{said}: where {largest.rung} had spent that much its curve read {then:.3f}, {better} than {end:.3f} there."
+    return (
+        f"{said}: at the {flops_text(common)} FLOPs where the curve of {least.rung} ends at {end:.3f}, that of "
+        f"{largest.rung} was at {then:.3f}, {better}."
+    )
 
 
 def _one_seed(view: LabView) -> str:

@@ -158,9 +158,10 @@ FIGURES: tuple[Kind, ...] = (
     Kind(
         draw=steps_plots.equal_steps_curves,
         title="Every size for the same steps",
-        caption="Held-out loss of each run on the way, after its warm-up. On the right the same points against compute "
-        "in log-log; solid lines are least squares through one model's own points, dashed red a published slope, whose "
-        "height was not published. Points that leave their line mean that the slope depends on where one looks.",
+        caption="Held-out loss of each run on the way, after its warm-up (the small held-out set); ringed, with two "
+        "standard errors, its row (the full set). On the right the same against compute in log-log: solid lines are "
+        "least squares through one model's own points on the way, dashed red is a published slope, whose height was "
+        "not published. Points that leave their line mean that the slope depends on where one looks.",
         section="steps",
     ),
     Kind(

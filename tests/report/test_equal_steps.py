@@ -20,14 +20,15 @@ from homelab_scaling.report.published import published
 from homelab_scaling.runs import RunRecord
 from homelab_scaling.specs import make_run_id
 
-STEPS, EVERY = 500, 50
+STEPS, EVERY, BATCH = 500, 50, 4096
 SLOPES = {"67k": -0.20, "289k": -0.136, "1072k": -0.11}
 STARTS = {"67k": 6.0, "289k": 5.2, "1072k": 4.6}
 BENT = "1072k"
 
 
 def curve(rung: str, tokens: np.ndarray, bend: float = 0.0) -> np.ndarray:
-    x = np.log(tokens / tokens[-1])
+    """The planted loss, STARTS[rung] at the last step."""
+    x = np.log(tokens / (STEPS * BATCH))
     return STARTS[rung] * np.exp(SLOPES[rung] * x + bend * x**2)
 
 
@@ -43,7 +44,7 @@ def train(
     science = replace(made.science, schedule=replace(made.science.schedule, name=schedule))
     run_id = make_run_id(rung, science)
     spec = replace(made, run_id=run_id, science=science)
-    tokens = synthetic.batch * np.arange(EVERY, STEPS + 1, EVERY)
+    tokens = BATCH * np.arange(EVERY, STEPS, EVERY)  # the row itself is measured on the full set alone
     losses = curve(rung, tokens, bend) * np.exp(off * np.log(tokens / tokens[-1]))
     lines = [
         {"kind": "val", "set": "curve", "phase": "trunk", "update": int(t // synthetic.batch), "loss": float(x),
@@ -56,7 +57,7 @@ def train(
     codec.append_jsonl(target / "metrics.jsonl", lines)
     codec.write_json(target / "spec.json", spec)
     rows = tuple(
-        replace(row, run_id=run_id, row_id=f"{run_id}@{row.n_tokens}", loss_nats=float(losses[-1]), schedule=schedule)
+        replace(row, run_id=run_id, row_id=f"{run_id}@{row.n_tokens}", loss_nats=STARTS[rung], schedule=schedule)
         for row in record.rows
     )
     codec.write_json(target / "record.json", replace(record, run_id=run_id, rows=rows))
@@ -77,7 +78,7 @@ def test_slopes_of_power_laws_are_theirs(three) -> None:
     for one in found:
         assert one.value == pytest.approx(SLOPES[one.rung], rel=1e-9)
         assert one.reach == pytest.approx((SLOPES[one.rung],) * 2, rel=1e-9)
-        assert one.ci95 is None and one.n_seeds == 1 and one.n_points == 10
+        assert one.ci95 is None and one.n_seeds == 1 and one.n_points == 9
 
 
 def test_a_bent_curve_has_different_halves_and_says_so(synthetic) -> None:
@@ -109,7 +110,7 @@ def test_the_warm_up_is_no_part_of_a_slope(three) -> None:
     warm = replace(run.spec.science.schedule, warmup_tokens=50 * three.batch)
     science = replace(run.spec.science, schedule=warm)
     warmed = replace(run, spec=replace(run.spec, run_id=make_run_id(run.rung, science), science=science))
-    assert len(way_of(run).losses) == 10 and len(way_of(warmed).losses) == 9
+    assert len(way_of(run).losses) == 9 and len(way_of(warmed).losses) == 8
     few = replace(run, validation=tuple(replace(c, tokens=c.tokens[:3], losses=c.losses[:3]) for c in run.validation))
     assert way_of(few) is None
 
@@ -126,8 +127,8 @@ def test_the_table_says_what_equal_steps_cost(three) -> None:
         assert cell["of the least"] == f"x {per_token[rung] / per_token['67k']:.3g}"
         assert cell["tokens/N"] == f"{tokens / n[rung]:.3g}"
         assert cell["slope"] == f"{SLOPES[rung]:.3g}".replace("-", "−")
-        at = tokens * per_token["67k"] / per_token[rung]
-        said = "–" if at < EVERY * three.batch else f"{float(curve(rung, np.array([at, tokens]))[0]):.3f}"
+        at = (STEPS - EVERY) * BATCH * per_token["67k"] / per_token[rung]
+        said = "–" if at < EVERY * three.batch else f"{float(curve(rung, np.array([at]))[0]):.3f}"
         assert list(cell.values())[-1] == said
 
 
