@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from homelab_scaling import codec
-from homelab_scaling.codec import stable_hash
 from homelab_scaling.errors import MachineError
-from homelab_scaling.plan.counting import count_params
+from homelab_scaling.plan.describe import describe_run
 from homelab_scaling.runs import RunFolder, RunRecord
 from homelab_scaling.specs import RunSpec
 from homelab_scaling.train.hooks import Hooks, Line
@@ -115,33 +114,6 @@ def curves_of(line: Line) -> dict[str, int | float]:
     about = ABOUT | ABOUT_NOISE if line["kind"] == "noise" else ABOUT
     values = {f"{prefix}/{k}": v for k, v in line.items() if k not in about and isinstance(v, int | float)}
     return {**values, f"{prefix}/step": line["step"]}
-
-
-def describe_run(spec: RunSpec) -> dict[str, str | int | float | bool]:
-    """What a tracker is told of a run's configuration, under the names that `homelab fit --from-...` looks for."""
-    science, shape = spec.science, spec.science.shape
-    return {
-        "run_id": spec.run_id,
-        "ladder": spec.ladder,
-        "rung": spec.rung,
-        "family": "gpt2",
-        "n_params": count_params(shape, science.n_vocab).n_params,
-        "n_layer": shape.n_layer,
-        "d_model": shape.d_model,
-        "n_head": shape.n_head,
-        "context_tokens": shape.context_tokens,
-        "tied": shape.tied,
-        "n_vocab": science.n_vocab,
-        "data_id": stable_hash(
-            [science.tokenizer_hash, science.train_fingerprint, science.val_fingerprint], n_chars=12
-        ),
-        "batch_tokens_global": science.batch_tokens_global,
-        "schedule": science.schedule.name,
-        "lr_peak": science.schedule.lr_peak,
-        "optimizer": science.optim.name,
-        "precision": science.precision,
-        "seed": science.seed,
-    }
 
 
 def _describe(tracker: Any, facts: dict[str, str | int | float | bool]) -> None:

@@ -54,7 +54,10 @@ def test_runs_with_usual_names_need_no_flag(tmp_path: Path, homelab: Callable[..
     assert [p.seed for p in table.points] == list(range(5)) and table.points[0].row_id == "run-0"
     assert not table.excluded
     assert "loss_nats: the last value of val/loss" in table.notes
-    assert "n_tokens: train/tokens at that step" in table.notes and "n_params: n_params" in table.notes
+    assert (
+        "n_tokens: train/tokens at that step" in table.notes
+        and "n_params: n_params of the configuration" in table.notes
+    )
 
     saved = tmp_path / "points.csv"
     flags = ("--law", "power-n", "--bootstrap", 0)
@@ -137,6 +140,20 @@ def test_our_own_folders_give_a_point_per_decay(tmp_path: Path) -> None:
     assert table.points[0].loss_nats == pytest.approx(3.1) and table.points[0].loss_se_nats == pytest.approx(0.01)
     assert {p.run_id for p in table.points[:2]} == {"a-1"} and all(p.decayed for p in table.points)
     assert reasons(table) == {"b-2": "no full validation at the end of a decay yet"}
+
+
+def test_our_folders_from_before_hyperparameters_have_their_spec_beside_them(tmp_path: Path) -> None:
+    from toy_run import make_toy_run, write_shards
+
+    manifest = write_shards(tmp_path / "shards")
+    spec, folder = make_toy_run(tmp_path, manifest)
+    plant_events(folder.tensorboard / "toy", {"decay-2560-val-full/loss": [(20, 3.0)]})
+    (point,) = taken(tmp_path / "a").points
+    assert (point.row_id, point.n_tokens, point.seed) == (f"{spec.run_id}@2560", 2560, 1)
+    assert point.n_params == count_params(spec.science.shape, spec.science.n_vocab).n_params
+    assert point.data_id == manifest.data_id
+    (folder.spec).write_text("{torn")
+    assert "no n_params" in reasons(taken(tmp_path / "a"))[spec.run_id]
 
 
 def test_sizes_from_names_and_from_a_table(tmp_path: Path) -> None:

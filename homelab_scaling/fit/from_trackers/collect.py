@@ -258,7 +258,7 @@ def _add_params(point: _Found, run: TrackedRun, reading: Reading) -> None:
         return
     for name in guess.named(guess.PARAM_NAMES, run.facts):
         if (value := as_number(run.facts[name])) is not None:
-            point.put("n_params", value, name)
+            point.put("n_params", value, f"{name} of the configuration")
             return
     for name in guess.named(guess.PARAM_NAMES, run.tags):
         point.put("n_params", _look_up(run, name, None), f"the last value of {name}")
@@ -284,7 +284,7 @@ def _add_tokens(point: _Found, run: TrackedRun, reading: Reading, step: int | No
             return
     for name in guess.named(guess.TOKEN_NAMES, run.facts):
         if (value := as_number(run.facts[name])) is not None:
-            point.put("n_tokens", value, name)
+            point.put("n_tokens", value, f"{name} of the configuration")
             return
     per_step = guess.tokens_per_step(run.facts)
     if per_step is None:

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from homelab_scaling.errors import DataError
+from homelab_scaling import codec
+from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.fit.from_trackers.tracked import Series, TrackedRun, flatten, make_series
+from homelab_scaling.plan.describe import describe_run
+from homelab_scaling.specs import RunSpec
 
 MARK = "tfevents"
 KEEP_ALL = {"scalars": 0, "tensors": 0, "images": 1, "audio": 1, "histograms": 1, "compressedHistograms": 1}
@@ -62,7 +65,9 @@ def _read_home(home: Path, top: Path) -> TrackedRun:
             facts={"run": name},
             broken=f"its event files cannot be read ({type(error).__name__})",
         )
-    name = str(facts.get("run_id") or name) if match else name
+    if match:
+        facts = {**_spec_beside(home), **facts}
+        name = str(facts.get("run_id", name))
     return TrackedRun(
         name=name,
         tags=tuple(curves),
@@ -70,6 +75,14 @@ def _read_home(home: Path, top: Path) -> TrackedRun:
         facts={**facts, "run": name},
         aliases=tuple({plain, home.resolve().name} - {name}),
     )
+
+
+def _spec_beside(home: Path) -> dict[str, object]:
+    """What the run's spec.json says: runs from before trackers were told have no hyperparameters."""
+    try:
+        return dict(describe_run(codec.read_json(home.parent.parent / "spec.json", RunSpec)))
+    except SpecError:
+        return {}
 
 
 def _curves(events: Any) -> Iterator[tuple[str, Series]]:
