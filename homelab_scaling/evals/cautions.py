@@ -6,7 +6,8 @@ from homelab_scaling.evals.results import Score
 
 FEW_DOCUMENTS = 100
 """Below it the 95 % interval of a share is wider than +/- 8 to 10 points."""
-LARGE_OVERLAP_FRAC = 0.1
+LARGE_OVERLAP_FRAC, SOME_OVERLAP_FRAC = 0.25, 0.02
+"""Said from the first on, and from the second on where the clean part scores worse than chance alone would have it."""
 MANY_UNKNOWN_FRAC = 0.2
 _EXACT = ("exact_match", "em")
 
@@ -38,10 +39,15 @@ def _chance(score: Score) -> str | None:
     part, chance = score.whole, score.chance
     if chance is None or part.low is None or part.high is None:
         return None
+    interval = f"the interval is {part.low:.3g} to {part.high:.3g}"
     if part.low <= chance <= part.high:
-        return f"not distinguishable from guessing ({chance:.3g}): the interval is {part.low:.3g} to {part.high:.3g}"
-    worse = part.high < chance if score.higher_is_better else part.low > chance
-    return f"worse than guessing ({chance:.3g}): look for a wrong template or tokenizer" if worse else None
+        return f"not distinguishable from guessing ({chance:.3g}): {interval}"
+    if (part.low > chance) == score.higher_is_better:
+        return None
+    # One sound score in forty lies below its interval: a mistake is suspected at twice the distance only.
+    is_far = chance > 2 * part.high - part.low if score.higher_is_better else chance < 2 * part.low - part.high
+    said = "worse than guessing" if is_far else "not better than guessing"
+    return f"{said} ({chance:.3g}): {interval}{'; look for a wrong template or tokenizer' if is_far else ''}"
 
 
 def _few(score: Score) -> str | None:
@@ -51,14 +57,14 @@ def _few(score: Score) -> str | None:
     if score.whole.low is None or score.whole.high is None:
         return f"{n} document{'s' if n != 1 else ''}: no interval can be given"
     half = (score.whole.high - score.whole.low) / 2
-    return f"only {n} documents: +/- {half:.2g}, so small differences say nothing"
+    return f"only {n} documents: +/- {half:.2g}; tell models apart by their paired differences, not by these intervals"
 
 
 def _overlap(score: Score) -> str | None:
     frac = score.overlap_frac
-    if frac is None or frac < LARGE_OVERLAP_FRAC:
+    if frac is None or frac < (SOME_OVERLAP_FRAC if _differ(score) else LARGE_OVERLAP_FRAC):
         return None
-    said = f"{frac:.0%} of the documents share a run of 13 words with the training text"
+    said = f"{frac:.0%} of the documents overlap with the training text (13-grams)"
     if score.clean is None or score.clean.score is None:
         return f"{said}, and no clean part is left"
     if _differ(score):

@@ -44,11 +44,21 @@ def test_near_chance() -> None:
 
 
 def test_below_chance() -> None:
-    assert "worse than guessing (0.25)" in only(cautions(score(50)))
+    assert only(cautions(score(50))).startswith("worse than guessing (0.25): the interval is 0.07")
+    assert "template" in only(cautions(score(50)))
+    assert only(cautions(score(104))).startswith("not better than guessing (0.25): the interval is 0.17")
+    loss = Part(n_documents=200, score=3.0, se=0.05, low=2.9, high=3.1)
+    down = score(kind="mean", higher_is_better=False, whole=loss, clean=loss)
+    assert cautions(replace(down, chance=3.2)) == ()
+    assert only(cautions(replace(down, chance=2.8))).startswith("not better")
+    assert only(cautions(replace(down, chance=2.6))).startswith("worse")
 
 
 def test_few_documents() -> None:
-    assert only(cautions(score(40, 50))) == "only 50 documents: +/- 0.11, so small differences say nothing"
+    assert (
+        only(cautions(score(40, 50)))
+        == "only 50 documents: +/- 0.11; tell models apart by their paired differences, not by these intervals"
+    )
     one = Part(n_documents=1, score=1.0, se=None, low=None, high=None)
     assert only(cautions(score(whole=one))) == "1 document: no interval can be given"
 
@@ -78,7 +88,12 @@ def test_contamination_partly_unknown() -> None:
 )
 def test_large_overlap(clean: Part, said: str) -> None:
     found = only(cautions(score(overlap_frac=0.6, clean=clean)))
-    assert found == f"60% of the documents share a run of 13 words with the training text{said}"
+    assert found == f"60% of the documents overlap with the training text (13-grams){said}"
+
+
+def test_a_small_overlap_is_said_only_where_it_matters() -> None:
+    assert cautions(score(overlap_frac=0.1, clean=share([1.0] * 360 + [0.0] * 90))) == ()
+    assert "believe the clean part" in only(cautions(score(overlap_frac=0.1, clean=share([1.0] * 300 + [0.0] * 150))))
 
 
 def test_large_overlap_of_a_loss_is_worse_where_the_clean_part_is_higher() -> None:
