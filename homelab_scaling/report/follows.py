@@ -192,5 +192,7 @@ def saving(reference: Reference, memory: Memory | None) -> str | None:
 
 def not_said(reference: Reference) -> str:
     """Which model a figure is of, where that was not published."""
-    open_ones = [f"{figure.value:g}" for figure in reference.figures if figure.of == "slope_c" and figure.rung is None]
+    open_ones = [
+        f"−{-figure.value:g}" for figure in reference.figures if figure.of == "slope_c" and figure.rung is None
+    ]
     return f"Which model the slope of {listed(open_ones)} is of was not said." if open_ones else ""

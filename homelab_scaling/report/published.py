@@ -16,6 +16,7 @@ from homelab_scaling.report.words import flops_text, gigabytes, machine_words, m
 SAME_FRAC = 0.05
 """Totals closer than this are the same."""
 SAME_SIZE_FRAC = 0.1
+UNKNOWN = "unknown"
 MANY = 1e6
 """Ratios from here on are written as powers of ten."""
 
@@ -67,7 +68,7 @@ def published(view: LabView) -> list[Block]:
     blocks: list[Block] = [
         Heading(text="Beside the published experiment"),
         Paragraph(text=f"{_opening(reference)}{not_said(reference)}"),
-        _table(view, reference, other),
+        *_side_by_side(view, reference, other),
     ]
     if other:
         blocks += [
@@ -87,20 +88,27 @@ def _opening(reference: Reference) -> str:
     return f"{source}{machine}: {n} published figure{plural(n)}, ours beside {'it' if n == 1 else 'them'}. "
 
 
-def _table(view: LabView, reference: Reference, other: dict[str, str]) -> Grid:
-    rows = []
+def _side_by_side(view: LabView, reference: Reference, other: dict[str, str]) -> list[Block]:
+    """The table, and line by line where ours comes from."""
+    rows, how = [], []
     for figure in reference.figures:
         kind, ours = KINDS[figure.of], OURS[figure.of](view, figure)
         theirs = kind.form(figure.value) + (f" ({figure.note})" if figure.note else "")
         title = kind.title + (f", {figure.rung}" if figure.rung else "")
-        known = "unknown" if ours.value is None else kind.form(ours.value)
-        rows.append((title, theirs, ours.text or known, ours.how, _why(figure, kind, ours, other)))
-    return Grid(
-        head=("figure", "published", "ours", "how ours was measured, or why not", "why they differ"),
-        rows=tuple(rows),
-        left=frozenset({"figure", "published", "ours", "how ours was measured, or why not", "why they differ"}),
-        caption="Published figures as they were published, without the errors that they were not given.",
-    )
+        known = UNKNOWN if ours.value is None else kind.form(ours.value)
+        rows.append((title, theirs, ours.text or known, _why(figure, kind, ours, other)))
+        how.append(f"{title}: {'not known; ' if (ours.text or known) == UNKNOWN else ''}{ours.how}.")
+    head = ("figure", "published", "ours", "why they differ")
+    return [
+        Grid(
+            head=head,
+            rows=tuple(rows),
+            left=frozenset(head),
+            caption="Published figures as they were published, without errors where none were given.",
+        ),
+        Paragraph(text="How ours were measured, or why they are not known:"),
+        Bullets(items=tuple(how)),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ why they differ

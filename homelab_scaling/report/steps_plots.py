@@ -7,7 +7,7 @@ import numpy as np
 from homelab_scaling.report.collect import LabView, RunView
 from homelab_scaling.report.equal_steps import Way, equal_steps, model_slopes, signed, way_of
 from homelab_scaling.report.parts import COMPUTE, LOSS, Nothing, dot, twice
-from homelab_scaling.report.style import Theme, label_lines, log_axis, ordered_colours
+from homelab_scaling.report.style import Theme, label_lines, log_axis, nice_ticks, ordered_colours
 
 PUBLISHED = "#d1495b"
 
@@ -69,6 +69,8 @@ def _draw(
 
 
 def _log_log(axes: Any, flops: Any, losses: Any) -> None:
+    from matplotlib.ticker import FixedLocator
+
     low, high = float(flops.min()) / 1.4, float(flops.max()) * 1.4
     bottom, top = float(losses.min()) * 0.93, float(losses.max()) * 1.03
     axes.set_xscale("log")
@@ -76,6 +78,7 @@ def _log_log(axes: Any, flops: Any, losses: Any) -> None:
     axes.set_xlim(low, high)
     axes.set_ylim(bottom, top)
     log_axis(axes.xaxis, low, high, form="power")
+    axes.xaxis.set_major_locator(FixedLocator(nice_ticks(low, high, wanted=4)))  # half a page is narrow
     log_axis(axes.yaxis, bottom, top, form="plain")
     axes.set_xlabel(COMPUTE)
     axes.set_title("Loss against compute")

@@ -196,13 +196,15 @@ def beside(lab, value: float, rung: str | None = None, bend: float = 0.0):
     ref = Reference(source="a check", figures=(PublishedFigure(of="slope_c", value=value, rung=rung),))
     codec.write_json(lab / "plan.json", {"rungs": [], "reference": codec.to_plain(ref)})
     view = collect(lab)
-    grid = next(block for block in published(view) if isinstance(block, Grid))
-    return to_markdown("t", published(view)), grid.rows[0]
+    blocks = published(view)
+    (cells,) = next(block for block in blocks if isinstance(block, Grid)).rows
+    (how,) = next(block for block in blocks if isinstance(block, Bullets)).items
+    return to_markdown("t", blocks), (*cells[:3], how, cells[3])
 
 
 def test_a_slope_of_an_unnamed_model_is_set_beside_all(three) -> None:
     text, cells = beside(three.lab, -0.136)
-    assert "Which model the slope of -0.136 is of was not said." in text
+    assert "Which model the slope of −0.136 is of was not said." in text
     assert cells[1:3] == ("−0.136", "67k −0.2, 289k −0.136, 1072k −0.11")
     assert (
         "289k: −0.136 over the first half, −0.136 over the second" in cells[3]

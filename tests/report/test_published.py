@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -80,10 +81,13 @@ def ours(view, of: FigureName, value: float | None = None, rung: str | None = No
 
 
 def line(view, of: FigureName) -> dict[str, str]:
-    """The table's line of a figure."""
-    grid = next(block for block in published(view) if isinstance(block, Grid))
+    """The table's line of a figure, and how ours was measured."""
+    blocks = published(view)
+    grid = next(block for block in blocks if isinstance(block, Grid))
     cells = next(cells for cells in grid.rows if cells[0].startswith(KINDS[of].title))
-    return dict(zip(("figure", "theirs", "ours", "how", "why"), cells, strict=True))
+    every = next(block for block in blocks if isinstance(block, Bullets)).items
+    how = next(said.removeprefix(f"{cells[0]}: ") for said in every if said.startswith(f"{cells[0]}: "))
+    return dict(zip(("figure", "theirs", "ours", "why"), cells, strict=True)) | {"how": how}
 
 
 # ---------------------------------------------------------------------------------------------- the published figures
@@ -165,10 +169,11 @@ def test_an_empty_lab_says_why_everything_is_unknown(tmp_path) -> None:
     lab = tmp_path / "new"
     lab.mkdir()
     view = seen(lab)
-    grid = next(block for block in published(view) if isinstance(block, Grid))
+    grid, _, hows = (block for block in published(view)[2:5])
     assert {cells[2] for cells in grid.rows} == {"unknown"} and len(grid.rows) == len(EVERY)
-    assert all(cells[3] not in ("", "unknown") for cells in grid.rows)
-    assert {cells[4] for cells in grid.rows} == {"ours is not known"}
+    assert {cells[3] for cells in grid.rows} == {"ours is not known"}
+    assert len(hows.items) == len(EVERY)
+    assert all(re.fullmatch(r"[^:]+: not known; \w.{8,}\.", said) for said in hows.items)
     assert "3.6 %" in to_markdown("t", published(view)), "the published figures need no run of ours"
 
 
@@ -187,8 +192,8 @@ def test_a_cpu_lab_says_of_each_figure_what_it_can(synthetic) -> None:
     assert ours(view, "hours").value == pytest.approx(seconds / 3600)
     assert "side by side are counted each" in line(view, "hours")["how"]
     assert ours(view, "usd").value == pytest.approx(sum(row.usd_marginal for row in rows))
-    assert line(view, "kwh")["how"] == "no power reading on this machine"
-    assert line(view, "temperature_c")["how"].startswith("trained on a CPU")
+    assert line(view, "kwh")["how"] == "not known; no power reading on this machine."
+    assert line(view, "temperature_c")["how"].startswith("not known; trained on a CPU")
     assert "1072k a card would need" in line(view, "peak_vram_bytes")["how"]
     assert "theirs was 2 x RTX 4080, ours is a CPU" in differences(view, view.reference)["machine"]
 
