@@ -201,11 +201,16 @@ def _warn_of_sources(given: Given, name: str, longest: HorizonPlan) -> None:
         return
     passes = longest.tokens / given.corpus.train.n_tokens
     for share in given.corpus.mixture:
-        if share.epochs > 1 and share.epochs * passes > NEARLY_AS_GOOD_EPOCHS:
+        times = share.epochs * passes
+        if share.epochs > 1 and times > NEARLY_AS_GOOD_EPOCHS:
             given.warn(
-                f"rung {name}: {longest.tokens:,} tokens read {share.name} {share.epochs * passes:.1f} times; up to "
+                f"rung {name}: {longest.tokens:,} tokens read {_last_part(share.name)} {times:.1f} times; up to "
                 f"{NEARLY_AS_GOOD_EPOCHS} times is nearly as good as new text, so lower its weight or give it more text"
             )
+
+
+def _last_part(source: str) -> str:
+    return source if source.startswith("hf:") else source.rstrip("/").rpartition("/")[2]
 
 
 def _check_decays(given: Given, name: str, tokens: tuple[int, ...], batch: int, warmup: int) -> None:

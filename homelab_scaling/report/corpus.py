@@ -20,9 +20,9 @@ def sources(view: LabView) -> list[Block]:
         head=shares.HEAD,
         rows=tuple(shares.rows(corpus)),
         left=frozenset({"source", "asked"}),
-        caption="The training text by source, repetitions counted; documents and epochs (passes over what the source "
-        "has to train on) say what is behind it. Held out: tokens, none of them trained on. Dropped: documents that "
-        f"another one stands for. {dropped}",
+        caption="The training text by source, repetitions counted; the share is that of its bytes. Documents are "
+        "different ones, epochs are passes over all that the source has to train on. Held out: tokens, none of them "
+        f"trained on. Dropped: documents that another one stands for. {dropped}",
     )
     return [grid, Paragraph(text=_about_repeats(corpus))] if repeats else [grid]
 

@@ -153,6 +153,21 @@ def test_two_streams_from_the_hub_are_mixed_by_their_parts(tmp_path: Path) -> No
     assert Wish(names=tuple(asked)).limits_bytes(40_000, 0.1) == [40_000] * 2
 
 
+@pytest.mark.parametrize("stage", ["comparing documents", "repeating"])
+def test_an_interrupted_mixture_leaves_nothing(two: list[str], tmp_path: Path, stage: str) -> None:
+    def interrupt(progress: build.Progress) -> None:
+        if progress.stage == stage:
+            raise KeyboardInterrupt
+
+    options = {"epochs": (1, 3), "near_duplicates": None if stage == "repeating" else 0.8}
+    if stage != "repeating":
+        pytest.importorskip("rensa")
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(two, "bytes", tmp_path / "out", progress=interrupt, **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert build_shards(two, "bytes", tmp_path / "out", **options).mixture[1].epochs == 3
+
+
 def test_weights_are_of_any_unit(two: list[str], tmp_path: Path) -> None:
     shares_of = [build_shards(two, "bytes", tmp_path / str(w), weights=(w, 3 * w)).mixture for w in (0.25, 25.0)]
     assert shares_of[0] == shares_of[1]
