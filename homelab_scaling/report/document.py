@@ -84,6 +84,8 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[str]
     caption: str
+    wraps: bool = False
+    """Whether every cell may break, for tables of words that would be wider than a page."""
 
     def markdown(self) -> str:
         rule = tuple(":--" if name in self.left else "--:" for name in self.head)
@@ -93,15 +95,16 @@ class Grid:
 
     def html(self) -> str:
         head, body = self._line(self.head, "th"), "".join(self._line(row, "td") for row in self.rows)
+        words = ' class="words"' if self.wraps else ""
         return (
-            f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+            f'<div class="wide"><table{words}><thead>{head}</thead><tbody>{body}</tbody></table></div>'
             f'<p class="caption">{inline(self.caption)}</p>'
         )
 
     def _line(self, cells: Sequence[str], tag: str) -> str:
         out = []
         for name, cell in zip(self.head, cells, strict=True):
-            long = " long" if tag == "td" and len(cell) > LONG_CELL else ""
+            long = " long" if tag == "td" and len(cell) > LONG_CELL and not self.wraps else ""
             kind = f' class="l{long}"' if name in self.left else ""
             out.append(f"<{tag}{kind}>{inline(cell)}</{tag}>")
         return f"<tr>{''.join(out)}</tr>"
@@ -196,6 +199,7 @@ table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-num
 th,td{padding:.34rem .5rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th{color:var(--faint);font-weight:600;border-bottom-width:2px}
 .l{text-align:left}sup,sub{line-height:0;font-size:.78em}td.l.long{white-space:normal;min-width:17rem;width:50%}
+.words th,.words td{white-space:normal;vertical-align:top;min-width:5.2rem}
 .caption,figcaption{font-size:.86rem;color:var(--faint);margin:.35rem 0 1.4rem;max-width:50rem}
 figure{margin:1.6rem 0;max-width:54rem}figure .wide{margin:0}
 figure img{width:100%;height:auto;display:block;border-radius:.4rem}

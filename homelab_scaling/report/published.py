@@ -83,7 +83,7 @@ def published(view: LabView) -> list[Block]:
 
 def _opening(reference: Reference) -> str:
     n = len(reference.figures)
-    machine = f" on {reference.machine}" if reference.machine and reference.machine not in reference.source else ""
+    machine = f", on {reference.machine}" if reference.machine and reference.machine not in reference.source else ""
     source = reference.source[0].upper() + reference.source[1:]
     return f"{source}{machine}: {n} published figure{plural(n)}, ours beside {'it' if n == 1 else 'them'}. "
 
@@ -104,6 +104,7 @@ def _side_by_side(view: LabView, reference: Reference, other: dict[str, str]) ->
             head=head,
             rows=tuple(rows),
             left=frozenset(head),
+            wraps=True,
             caption="Published figures as they were published, without errors where none were given.",
         ),
         Paragraph(text="How ours were measured, or why they are not known:"),
