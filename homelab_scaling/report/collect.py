@@ -96,6 +96,8 @@ class LabView:
     planned_shapes: tuple[tuple[str, ModelShape], ...] = ()
     """Rung and shape, by plan.json."""
     n_vocab_planned: int | None = None
+    n_cards_planned: int | None = None
+    """Of the machine that the plan is for; runs side by side use one each."""
     horizons: Horizons | None = None
     """The ladder's, by plan.json."""
     published: tuple[PublishedRung, ...] = ()
@@ -150,6 +152,7 @@ def collect(lab: Path) -> LabView:
         reference=reference,
         planned_shapes=_planned_shapes(plan),
         n_vocab_planned=plan["n_vocab"] if isinstance(plan.get("n_vocab"), int) else None,
+        n_cards_planned=_planned_cards(plan),
         horizons=_read_horizons(plan),
         published=_read_published(plan),
     )
@@ -181,10 +184,16 @@ def _read_published(plan: dict[str, Any]) -> tuple[PublishedRung, ...]:
 
 def _planned_shapes(plan: dict[str, Any]) -> tuple[tuple[str, ModelShape], ...]:
     found = []
-    for rung in plan.get("rungs") or ():
+    for rung in plan["rungs"] if isinstance(plan.get("rungs"), list) else ():
         with contextlib.suppress(HomelabError, KeyError, TypeError):
             found.append((str(rung["name"]), codec.from_plain(rung["size"]["shape"], ModelShape, "plan.json")))
     return tuple(found)
+
+
+def _planned_cards(plan: dict[str, Any]) -> int | None:
+    box = plan.get("box")
+    cards = box.get("n_gpus") if isinstance(box, dict) else None
+    return cards if isinstance(cards, int) else None
 
 
 def _read_advice(lab: Path, missing: list[str]) -> BatchAdvice | None:

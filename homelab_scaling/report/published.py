@@ -161,6 +161,8 @@ def _without_interval(figure: PublishedFigure, value: float) -> str:
 
 def _share(ratio: float) -> str:
     """1/1,740 of theirs; 2.3 times theirs."""
+    if ratio <= 0:
+        return "ours is nothing"
     if abs(ratio - 1) <= SAME_FRAC:
         return "the same within 5 %"
     times = float(f"{max(ratio, 1 / ratio):.3g}")
@@ -199,7 +201,8 @@ def _machine(view: LabView, reference: Reference) -> str:
         return ""
     if theirs is None:
         return f"theirs was not said; ours is {machine_words(view)}."
-    n_cards = max(run.record.machine.n_processes for run in view.runs if run.record)
+    ranks = max(run.record.machine.n_processes for run in view.runs if run.record)
+    n_cards = max(ranks, view.n_cards_planned or 0)  # two runs side by side have one each
     same_card = reference.card is not None and all(reference.card.lower() in device.lower() for device in devices)
     if same_card and n_cards == reference.n_cards:
         return ""
@@ -207,7 +210,7 @@ def _machine(view: LabView, reference: Reference) -> str:
     if all(device.startswith("cpu") for device in devices):
         ours += ", without any card: no card's temperature, memory or energy is there to be measured"
     elif same_card:
-        ours += f", {n_cards} card{plural(n_cards)} to a run"
+        ours = f"{n_cards} x {listed(sorted(devices))}"
     return f"theirs was {theirs}, ours is {ours}."
 
 

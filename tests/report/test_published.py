@@ -455,7 +455,7 @@ def test_nothing_differs_where_everything_is_the_same(synthetic) -> None:
         ({"text": None}, "text", "theirs was not said"),
         ({"card": None}, "machine", "theirs was not said; ours is 2 x NVIDIA GeForce RTX 4080"),
         ({"card": "RTX 3090"}, "machine", "theirs was 2 x RTX 3090, ours is 2 x NVIDIA GeForce RTX 4080"),
-        ({"n_cards": 1}, "machine", "theirs was 1 x RTX 4080, ours is 2 x NVIDIA GeForce RTX 4080, 2 cards to a run"),
+        ({"n_cards": 1}, "machine", "theirs was 1 x RTX 4080, ours is 2 x NVIDIA GeForce RTX 4080."),
         ({"schedule": "cosine"}, "schedule", "theirs was cosine, ours is wsd"),
         ({"n_params": (5e6, 120e6)}, "sizes", "the largest 1/39.5 of their smallest"),
         (
@@ -469,6 +469,21 @@ def test_each_difference_is_read_from_the_data(synthetic, changes: dict, name: s
     on_cards(synthetic, "67k", "127k")
     view = replace(seen(synthetic.lab), corpus=manifest("hf:Skylion007/openwebtext"))
     assert said in differences(view, reference(**changes))[name]
+
+
+def test_two_runs_side_by_side_are_two_cards(synthetic) -> None:
+    on_cards(synthetic, "67k", n=1)
+    plan_json(synthetic.lab, reference(), box={"n_gpus": 2})
+    assert "machine" not in differences(collect(synthetic.lab), reference())
+    plan_json(synthetic.lab, reference(), box={"n_gpus": None}, rungs=7, n_vocab="many")
+    said = differences(collect(synthetic.lab), reference())["machine"]
+    assert said == "theirs was 2 x RTX 4080, ours is 1 x NVIDIA GeForce RTX 4080."
+
+
+def test_a_bill_of_nothing_is_no_share(synthetic) -> None:
+    synthetic.run("67k")
+    change_rows(synthetic.lab, lambda row: replace(row, usd_marginal=0.0))
+    assert line(seen(synthetic.lab), "usd")["why"].startswith("ours is nothing")
 
 
 def test_a_missing_rung_is_a_difference_that_moves_the_law(synthetic) -> None:
