@@ -63,6 +63,7 @@ OTHER: dict[type, dict[str, Any]] = {
         "seed": 1,
         "val_tokens": 6400,
         "batch_warmup": BatchWarmup(from_tokens=SCIENCE.batch_tokens_global // 2),
+        "start": "f" * 64,
     },
 }
 PARTS = {"shape": ModelShape, "schedule": Schedule, "optim": Optim}
@@ -188,3 +189,15 @@ def test_the_impossible_is_refused_in_one_sentence(make: Any, said: str) -> None
         make()
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (None, None),
+        ("/models/mine", "mine"),
+        ("/hf/hub/models--openai-community--gpt2/snapshots/607a30d783", "openai-community/gpt2"),
+    ],
+)
+def test_a_start_is_called_what_people_call_it(folder: str | None, name: str | None) -> None:
+    assert ExecutionSpec(start_from=folder).start_name == name

@@ -60,7 +60,7 @@ def find_start(name: str, here: Path, corpus: CorpusManifest | None, shards: Pat
         UserError: there is no such model, it is no GPT-2 as ours, or it cuts text into other ids.
     """
     folder = _folder_of(name, here)
-    start = _read(name, folder, max(path.stat().st_mtime_ns for path in folder.iterdir()))
+    start = _read(name, folder, max((path.stat().st_mtime_ns for path in folder.iterdir()), default=0))
     if corpus is not None and start.n_vocab == corpus.n_vocab:
         _refuse_other_ids(start, corpus, shards)
     return start

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from toy_run import StopAt, make_toy_run, steps_of, train_here, train_on_ranks
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from homelab_scaling import codec
 from homelab_scaling.data.shards import build_shards
@@ -120,6 +120,14 @@ def test_a_model_saved_without_its_head_is_the_same_start(plan, checkpoint: Path
     assert plan("bare").runs[1].science.start == plan("base").runs[1].science.start
 
 
+def test_a_tokenizer_that_knows_special_tokens_cuts_text_as_ours(plan, checkpoint: Path) -> None:
+    """As everybody's but ours: it would take a spelt-out end of text for the token."""
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_special_tokens": False}))
+    assert AutoTokenizer.from_pretrained(checkpoint)("<|endoftext|>")["input_ids"] == [256]
+    assert plan("base").runs[1].science.start is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -147,6 +155,9 @@ def test_without_shards_the_vocabulary_is_compared_all_the_same(plan, tmp_path: 
 def test_missing_things_are_one_sentence(plan, checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(SpecError, match="no such folder"):
         plan("./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SpecError, match="nor a Hugging Face model"):
+        plan("empty")
 
     def unreachable(*_a: object, **_k: object) -> None:
         raise OSError("no network")

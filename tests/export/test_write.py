@@ -272,7 +272,6 @@ def test_the_verb(run, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.slow
 def test_lm_eval_takes_the_folder(run, tmp_path: Path) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="the extra [eval] is not installed")
     from lm_eval.api.instance import Instance
