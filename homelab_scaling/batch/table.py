@@ -291,7 +291,7 @@ def choose_row(
             is worth scaling the rate by a rule.
         tuned_least_frac: its overhead by the upper end of B_crit's interval: within the allowed, it is not left for a
             smaller one, because a batch that may be right is better than a rate that nobody tuned (on two cores, 128
-            tokens at the scaled rate ended .35 nat behind 1,024 at the tuned one: recipes/LOG.md).
+            tokens at the scaled rate ended .42 nat behind 1,024 at the tuned one: recipes/LOG.md).
         most_tokens: no larger batch is taken, whatever it saves.
     """
     allowed = [row for row in rows if row.overhead_frac <= overhead_max_frac]
