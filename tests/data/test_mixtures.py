@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from homelab_scaling import cli, codec
 from homelab_scaling.data import build, encode, shares
+from homelab_scaling.data.batches import BatchOrder, n_windows, read_windows
 from homelab_scaling.data.files import Document
 from homelab_scaling.data.mixture import Wish, copies
 from homelab_scaling.data.shards import build_shards, open_shards
@@ -102,6 +103,20 @@ def test_copies_of_a_document_lie_a_pass_apart(two: list[str], tmp_path: Path) -
     first, second, third = np.split(stream, 3)
     assert np.array_equal(first, second) and np.array_equal(first, third)
     assert set(documents(first).values()) == {1}
+
+
+def test_every_stretch_of_training_has_the_shares(tmp_path: Path) -> None:
+    """Sources lie one after the other in the file; training visits windows in an order over all of it."""
+    sources = [
+        write(tmp_path / f"{c}.jsonl", [f"{c * 8}{i:05d}" * 12 for i in range(n)]) for c, n in (("a", 900), ("b", 300))
+    ]
+    manifest = build_shards(sources, "bytes", tmp_path / "out", epochs=(1, 3))
+    stream = open_shards(tmp_path / "out").train
+    order = BatchOrder(n_windows(len(stream), 64), seed=3)
+    for first in range(0, 1600, 400):
+        windows = read_windows(stream, order.windows(first, 400), 64)[:, :-1]
+        share = np.count_nonzero(windows == ord("b")) / np.count_nonzero((windows == ord("a")) | (windows == ord("b")))
+        assert share == pytest.approx(manifest.mixture[1].n_bytes / manifest.train.n_bytes, abs=0.1)
 
 
 def test_the_held_out_half_has_the_shares_of_the_mixture(tmp_path: Path) -> None:
