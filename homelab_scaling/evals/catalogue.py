@@ -10,7 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,11 @@ class Catalogue:
             if not path.is_file():
                 raise SpecError(f"{name}: no such file; give an existing YAML or JSONL file, or the name of a task")
             return self._build(str(path.resolve()), _entry_of(path), self._own or self._none)
-        for find in (lambda: self._own, lambda: self._near(name), lambda: self._all):
+        for find in (lambda: self._own, lambda: self._near(name), _every_task):
             manager = find()
             if manager is not None and name in manager.task_index:
                 return self._build(name, manager.task_index[name], manager)
-        known = [*OWN_TASKS, *HARNESS, *self._all.all_tasks, *(self._own.all_tasks if self._own else ())]
+        known = [*OWN_TASKS, *HARNESS, *_every_task().all_tasks, *(self._own.all_tasks if self._own else ())]
         raise SpecError(
             f"there is no task {name!r}{nearest(name, known) or '; `homelab eval --list` names the usual ones'}"
         )
@@ -74,13 +74,6 @@ class Catalogue:
     @cached_property
     def _none(self) -> Any:
         return _manager([])
-
-    @cached_property
-    def _all(self) -> Any:
-        from lm_eval.tasks import TaskManager
-
-        with quiet():
-            return TaskManager()
 
     def _near(self, name: str) -> Any:
         """Only the folder where a usual task is defined: the index of all of them takes seconds."""
@@ -140,6 +133,15 @@ def require_harness() -> None:
             "lm-evaluation-harness is not installed, which asks every task but our own; "
             "pip install 'homelab_scaling[eval]'"
         )
+
+
+@cache
+def _every_task() -> Any:
+    """The index of all of lm-eval's tasks: some fourteen thousand files, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager()
 
 
 def _manager(folders: list[Path]) -> Any:

@@ -31,6 +31,8 @@ def drawn_tasks(models: Sequence[Evaluated]) -> list[str]:
 
 def draw(plt: Any, models: Sequence[Evaluated], theme: Any) -> Any:
     """The figure, in a theme of report.style."""
+    from matplotlib.ticker import PercentFormatter
+
     from homelab_scaling.report.style import ordered_colours
 
     tasks = drawn_tasks(models)
@@ -44,7 +46,8 @@ def draw(plt: Any, models: Sequence[Evaluated], theme: Any) -> Any:
             if row == len(tasks) - 1:
                 axes[row][column].set_xlabel(label)
         axes[row][0].set_title(_title(asked[0].scores[task]))
-        axes[row][0].set_ylabel("score")
+        if asked[0].scores[task].kind == "share":
+            axes[row][0].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     _legend(figure, colours, theme)
     figure.tight_layout()
     return figure

@@ -51,6 +51,14 @@ def chance_text(score: Score) -> str:
     return f"{100 * score.chance:.1f} %" if score.kind == "share" else f"{score.chance:.3g}"
 
 
+def clean_text(score: Score) -> str:
+    """The score of the documents that are not in the training text."""
+    clean = score.clean
+    if clean is None or clean.score is None:
+        return "–"
+    return f"{100 * clean.score:.1f} %" if score.kind == "share" else f"{clean.score:.4f}"
+
+
 def page(models: Sequence[Evaluated], deltas: Sequence[Delta]) -> Iterator[Any]:
     """What a terminal shows: a table for each model, one of differences, warnings and what is unknown."""
     from rich.text import Text
@@ -77,14 +85,14 @@ def scores_table(model: Evaluated) -> Any:
     table.add_column("task", no_wrap=True)
     table.add_column("metric", no_wrap=True)
     for name in ("score [95 %]", "chance", "clean part", "documents", "time", "kWh", "cost"):
-        table.add_column(name, justify="right", no_wrap=name != "clean part")
+        table.add_column(name, justify="right", no_wrap=True)
     for score in model.scores.values():
         table.add_row(
             score.task,
             score.metric,
             score_text(score.whole, score.kind),
             chance_text(score),
-            score_text(score.clean, score.kind) if score.clean is not None else "–",
+            clean_text(score),
             f"{score.whole.n_documents:,}",
             duration(score.seconds),
             kwh_text(score),
@@ -98,36 +106,44 @@ def scores_table(model: Evaluated) -> Any:
 
 
 def remarks(models: Sequence[Evaluated]) -> list[str]:
-    """Every warning and every unknown, once, with the tasks that it is about."""
-    about: dict[str, list[str]] = {}
+    """Every warning and every unknown, once, with the tasks it is about, and the models where it is not all of them."""
+    found: dict[str, dict[str, list[str]]] = {}
     for model in models:
         for score in model.scores.values():
-            for text in score.warnings:
-                about.setdefault(text, []).append(score.task)
-            for name, why in score.unknown.items():
-                about.setdefault(f"{name} is unknown: {why}", []).append(score.task)
-    n_tasks = len({score.task for model in models for score in model.scores.values()})
-    return [
-        text if 1 < n_tasks == len(set(tasks)) else f"{', '.join(dict.fromkeys(tasks))}: {text}"
-        for text, tasks in about.items()
+            unknown = (f"{name} is unknown: {why}" for name, why in score.unknown.items())
+            for text in (*score.warnings, *unknown):
+                found.setdefault(text, {}).setdefault(score.task, []).append(model.about.name)
+    asked = {task: [model for model in models if task in model.scores] for model in models for task in model.scores}
+    return [_remark(text, about, asked) for text, about in found.items()]
+
+
+def _remark(text: str, about: dict[str, list[str]], asked: dict[str, list[Evaluated]]) -> str:
+    everywhere = all(len(about.get(task, ())) == len(models) for task, models in asked.items())
+    if everywhere and len(asked) > 1:
+        return text
+    parts = [
+        task if len(names) == len(asked[task]) else f"{task} of {', '.join(names)}" for task, names in about.items()
     ]
+    return f"{', '.join(parts)}: {text}"
 
 
 def deltas_table(deltas: Sequence[Delta]) -> Any:
-    """Differences with their paired intervals."""
+    """Differences with their paired intervals, a part of the table for each two models."""
     from rich.table import Table
 
     table = Table(title="differences on the same documents", title_justify="left", title_style="bold")
-    for name in ("task", "from", "to"):
-        table.add_column(name, overflow="fold")
+    table.add_column("task")
     for name in ("difference [95 %]", "p", "documents"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
+    before = None
     for delta in deltas:
+        if (delta.first, delta.second) != before:
+            before = delta.first, delta.second
+            table.add_section()
+            table.add_row(f"{delta.first} → {delta.second}", style="bold")
         table.add_row(
-            delta.task,
-            delta.first,
-            delta.second,
+            f"  {delta.task}",
             delta_text(delta),
             "–" if delta.p_value is None else f"{delta.p_value:.2g}",
             f"{delta.n_documents:,}",

@@ -6,7 +6,6 @@ from homelab_scaling.errors import HomelabError
 from homelab_scaling.evals import plots, show
 from homelab_scaling.evals.compare import Evaluated, read_evaluated
 from homelab_scaling.evals.store import EVALS, stores
-from homelab_scaling.fit.words import short
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Paragraph
 from homelab_scaling.report.parts import Nothing
@@ -29,7 +28,7 @@ def evaluations(view: LabView, images: list[Block]) -> list[Block]:
     if not models:
         return []
     blocks: list[Block] = [Heading(text=TITLE), _scores(models), *images]
-    remarks = tuple(sentence(text) for text in show.remarks(models))
+    remarks = tuple(f"{text}." for text in show.remarks(models))
     return [*blocks, Bullets(items=remarks)] if remarks else blocks
 
 
@@ -71,8 +70,8 @@ def _scores(models: list[Evaluated]) -> Grid:
                     "–" if model.about.loss_nats is None else f"{model.about.loss_nats:.3f}",
                     show.score_text(score.whole, score.kind),
                     show.chance_text(score),
-                    show.score_text(score.clean, score.kind) if score.clean is not None else "–",
-                    short(score.whole.n_documents),
+                    show.clean_text(score),
+                    f"{score.whole.n_documents:,}",
                     show.duration(score.seconds),
                     show.kwh_text(score),
                     show.usd_text(score),

@@ -302,6 +302,7 @@ def test_a_jsonl_file_must_be_there_and_be_text(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- names and the hub
 
 
+@pytest.mark.slow  # the index of all of lm-eval's tasks
 def test_a_task_that_does_not_exist_is_told_by_its_neighbours(folder: Path) -> None:
     with pytest.raises(SpecError, match=r"there is no task 'hellaswagg'; did you mean .*hellaswag"):
         Catalogue().load("hellaswagg")
