@@ -113,9 +113,9 @@ FIGURES: tuple[Kind, ...] = (
         draw=isoflop_plots.isoflop_curves,
         title="Loss at equal compute",
         caption="Each colour is one budget. Dots are measured losses; where no budget was run at several sizes they "
-        "are read between the rows of a size. Dotted is a parabola as in Approach 2, with its minimum and, from four sizes "
-        "on, the 95 % interval of that; solid the fitted surface, its star the best size for that budget. A star "
-        "beside the dots, not among them, is an extrapolation.",
+        "are read between the rows of a size. Dotted is a parabola as in Approach 2 with its minimum, and from four "
+        "sizes on its 95 % interval; solid the fitted surface, its star the best size for that budget. A star beside "
+        "the dots, not among them, is an extrapolation.",
     ),
     Kind(
         draw=fit_plots.exponents,
