@@ -1,5 +1,6 @@
 """The section on what the models can do: scores with their errors and prices, and the warnings that go with them."""
 
+import re
 from typing import Any
 
 from homelab_scaling.errors import HomelabError
@@ -57,29 +58,34 @@ def scores(plt: Any, view: LabView, theme: Theme) -> Any:
 
 
 def _scores(models: list[Evaluated]) -> Grid:
+    """A line for each task and model, by task; which metric it is stands in the caption."""
     tasks = list(dict.fromkeys(name for model in models for name in model.scores))
-    rows = []
-    for task in tasks:
-        for model in models:
-            if (score := model.scores.get(task)) is None:
-                continue
-            rows.append(
-                (
-                    f"{task} ({score.metric.replace('_', ' ')})",
-                    model.about.name,
-                    "–" if model.about.loss_nats is None else f"{model.about.loss_nats:.3f}",
-                    show.score_text(score.whole, score.kind),
-                    show.chance_text(score),
-                    show.clean_text(score),
-                    f"{score.whole.n_documents:,}",
-                    show.duration(score.seconds),
-                    show.kwh_text(score),
-                    show.usd_text(score),
-                )
-            )
-    return Grid(
-        head=("task", "model", "loss", "score", "chance", "clean part", "documents", "time", "kWh", "cost"),
-        rows=tuple(rows),
-        left=frozenset({"task", "model"}),
-        caption=CAPTION,
+    short = _short_names([model.about.name for model in models])
+    lines = [(task, model, model.scores[task]) for task in tasks for model in models if task in model.scores]
+    rows = tuple(
+        (
+            task,
+            short[model.about.name],
+            show.score_text(score.whole, score.kind),
+            show.chance_text(score),
+            show.clean_text(score),
+            f"{score.whole.n_documents:,}",
+            show.duration(score.seconds),
+            show.kwh_text(score),
+            show.usd_text(score),
+        )
+        for task, model, score in lines
     )
+    metrics = {f"{task} {score.metric.replace('_', ' ')}": None for task, _, score in lines}
+    return Grid(
+        head=("task", "model", "score", "chance", "clean part", "documents", "time", "kWh", "cost"),
+        rows=rows,
+        left=frozenset({"task", "model"}),
+        caption=f"{CAPTION} Metrics: {', '.join(metrics)}.",
+    )
+
+
+def _short_names(names: list[str]) -> dict[str, str]:
+    """Names without the hashes of their runs, where they stay apart without."""
+    cut = {name: re.sub(r"-[0-9a-f]{8}(?=@)", "", name) for name in names}
+    return cut if len(set(cut.values())) == len(names) else {name: name for name in names}
