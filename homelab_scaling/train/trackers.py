@@ -1,5 +1,6 @@
 """Curves of a run in TensorBoard, W&B and MLflow, through Accelerate: each update once, even after many stops."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -34,7 +35,7 @@ class Trackers(Hooks):
         """(tag, update)."""
         self.wandb_from = 0
         """The first update that W&B lacks."""
-        self.whole = False
+        self.begun = self.whole = False
 
     def start(self, kept: list[Line], tokens: int, about: str) -> None:
         if not self.trackers:
@@ -56,6 +57,7 @@ class Trackers(Hooks):
                 f"{' or '.join(self.trackers)} cannot be started ({said[0][:200] if said else type(error).__name__}); "
                 "mend that (WANDB_MODE=offline needs no account), or choose others with --trackers"
             ) from error
+        self.begun = True
         for tracker in self.accelerator.trackers:
             _describe(tracker, describe_run(self.spec))
             if tracker.name == "wandb":
@@ -78,7 +80,7 @@ class Trackers(Hooks):
 
     def end(self) -> None:
         # Not accelerator.end_training(): that ends the process group too, and the next run may need it.
-        for tracker in self.accelerator.trackers if self.trackers else ():
+        for tracker in self.accelerator.trackers if self.begun else ():
             if tracker.name == "wandb":
                 tracker.run.finish(exit_code=0 if self.whole else 1)
             elif tracker.name == "mlflow":
@@ -149,6 +151,7 @@ def find_mlflow_run(spec: RunSpec, folder: RunFolder) -> tuple[str, set[tuple[st
     """
     import mlflow
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(mlflow_store(folder.path.parent.parent))
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # what MLflow has where no database is installed

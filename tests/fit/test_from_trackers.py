@@ -490,12 +490,16 @@ def test_mlflow_runs_of_a_folder(tmp_path: Path, homelab: Callable[..., Any], mo
         ("nowhere", "no such folder or file, and no URI"),
         ("{empty}", "neither MLflow's files nor an mlflow.db"),
         ("odd://x", "MLflow cannot read it"),
-        ("{text}", ""),
+        ("sqlite:///{text}", "a database wants the whole of MLflow"),
+        ("{text}", "a database wants the whole of MLflow"),
     ],
 )
 @EAGER
-def test_mlflow_that_is_not_there(tmp_path: Path, homelab: Callable[..., Any], where: str, said: str) -> None:
+def test_mlflow_that_is_not_there(
+    tmp_path: Path, homelab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, where: str, said: str
+) -> None:
     pytest.importorskip("mlflow")
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
     (tmp_path / "mlflow.txt").write_text("no database")
     (tmp_path / "empty").mkdir()
     found = homelab("fit", "--from-mlflow", where.format(empty=tmp_path / "empty", text=tmp_path / "mlflow.txt"))

@@ -50,3 +50,17 @@ def test_a_tracker_that_is_not_installed_is_named(make_run, monkeypatch) -> None
     with pytest.raises(MachineError, match=r"tracker wandb is not installed; pip install 'homelab_scaling\[wandb\]'"):
         train_here(spec, folder)
     assert codec.read_jsonl(folder.metrics) == [] and not folder.record.exists()
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(make_run, monkeypatch) -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    def refuse(self) -> None:
+        raise RuntimeError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", refuse)
+    spec, folder = make_run(trackers=("tensorboard",))
+    with pytest.raises(MachineError, match=r"^tensorboard cannot be started \(No API key configured\.\); mend that"):
+        train_here(spec, folder)
+    record = folder.read_record()
+    assert record is not None and record.status == "failed" and "No API key" in (record.reason or "")

@@ -1,8 +1,10 @@
 """Runs of an MLflow store: a server, a database, or a folder of files."""
 
 import contextlib
+import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from homelab_scaling.errors import DataError, MachineError
 from homelab_scaling.fit.from_trackers.tracked import Series, TrackedRun, make_series, why_silent
 
 PAGE = 1000
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 ALLOW_FILES = {"MLFLOW_ALLOW_FILE_STORE": "true"}
 
@@ -33,15 +36,13 @@ def read_mlflow(where: str) -> list[TrackedRun]:
         raise MachineError("--from-mlflow needs MLflow; pip install 'homelab_scaling[mlflow]'") from None
     if uri.startswith(("http://", "https://")) and (why := why_silent(uri)):
         raise DataError(f"--from-mlflow {where}: the server does not answer ({why}); check the address and start it")
+    if uri.split(":")[0].split("+")[0] in DATABASES and importlib.util.find_spec("sqlalchemy") is None:
+        raise MachineError(f"--from-mlflow {where}: a database wants the whole of MLflow; pip install mlflow")
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     with _environment(PATIENCE | ALLOW_FILES):
         try:
             client = mlflow.MlflowClient(tracking_uri=uri)
             found = list(_runs(client))
-        except ImportError as error:
-            raise MachineError(
-                f"--from-mlflow {where}: MLflow lacks a package for this store ({error.name}); pip install mlflow"
-            ) from None
         except Exception as error:  # MLflow's, requests' and the database's errors have no common root
             said = str(error).strip().splitlines()
             raise DataError(
@@ -79,11 +80,13 @@ def store_uri(where: str) -> str:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets what the user has not set, for a while."""
+    """Sets what the user has not set, for a while, in which MLflow's warnings about itself are not shown."""
     mine = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(mine)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for name in mine:
             os.environ.pop(name, None)
