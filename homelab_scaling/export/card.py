@@ -1,87 +1,20 @@
 """The model card: what a stranger must know to use, judge or repeat a model; what is unknown says why."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from homelab_scaling.errors import HomelabError
 from homelab_scaling.export.check import Check, Sample
+from homelab_scaling.export.law import Law
 from homelab_scaling.export.trained import Trained, public_source
-from homelab_scaling.fit.catalogue import joint_fit
-from homelab_scaling.fit.predict import Forecast, count_of, predict_loss
-from homelab_scaling.fit.result import ScalingFit, load_fit
-from homelab_scaling.fit.words import brief, listed, short
+from homelab_scaling.fit.words import listed, short
 from homelab_scaling.plan.counting import ParamCount, count_params
 from homelab_scaling.report.bills import SOURCES
-from homelab_scaling.report.words import COUNTS, duration, money
+from homelab_scaling.report.words import duration, money
 from homelab_scaling.runs import Row
 
 TINY_PARAMS = 50e6
 """Below it a model says little that makes sense, whatever its loss."""
 VLLM_HEAD_MULTIPLE = 8
 """Of the width of a head, in vLLM's attention kernels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Law:
-    """The law of the lab that the model belongs to, and what it says of this model."""
-
-    name: str
-    formula: str
-    parameters: str
-    """In words, with intervals."""
-    rows: str
-    count: str
-    n_points: int
-    forecast: Forecast
-    sigma_log: float | None
-
-
-def read_law(trained: Trained) -> Law | str:
-    """The law of N and D in the lab's fit, asked about this model; in words why there is none.
-
-    The lab is the folder above `runs`.
-    """
-    lab = trained.run.path.parent.parent
-    if not (lab / "fit" / "fit.json").is_file():
-        return "no law has been fitted in its lab"
-    try:
-        report = load_fit(lab / "fit")
-        fit, law, drawn = joint_fit(report)
-        forecast = predict_loss(
-            fit, drawn, n_params=counted(trained, count_of(report)), n_tokens=float(trained.checkpoint.tokens)
-        )
-    except HomelabError as error:
-        return f"the fit of its lab has no answer for it ({error})"
-    return Law(
-        name=fit.law,
-        formula=law.formula,
-        parameters=_parameters(fit),
-        rows=fit.rows.split(":")[0],
-        count=COUNTS.get(report.count, report.count),
-        n_points=fit.n_points,
-        forecast=forecast,
-        sigma_log=fit.sigma_log,
-    )
-
-
-def _parameters(fit: ScalingFit) -> str:
-    """Each with its 95 % interval, and those that the points do not pin down."""
-    known, open_ = [], []
-    for name, found in fit.parameters.items():
-        if found.value is None:
-            open_.append(name)
-        else:
-            interval = f" [{brief(found.ci95[0])}, {brief(found.ci95[1])}]" if found.ci95 else ""
-            known.append(f"{name} = {brief(found.value)}{interval}")
-    said = [f"{', '.join(known)} (95 % intervals)"] if known else []
-    return "; ".join([*said, *([f"{listed(open_)} not pinned down by these points"] if open_ else [])])
-
-
-def counted(trained: Trained, count: str) -> float:
-    """N as a fit counts it."""
-    science = trained.spec.science
-    groups = count_params(science.shape, science.n_vocab)
-    return float({"body": groups.n_body, "body+head": groups.n_body + groups.n_head}.get(count, groups.n_params))
 
 
 # ------------------------------------------------------------------------------------------------------------- the card
@@ -135,7 +68,8 @@ def _what(trained: Trained, check: Check) -> str:
     )
     began = "from random weights" if science.start is None else f"from the weights of {_start(trained)}"
     n, d = short(trained.n_params), short(trained.checkpoint.tokens)
-    loss = f" Its loss on held-out text is {check.loss_nats:.4f} nats per token." if trained.corpus is not None else ""
+    nats = trained.row.loss_nats if trained.row is not None else check.loss_nats if trained.corpus is not None else None
+    loss = f" Its loss on held-out text is {nats:.4f} nats per token." if nats is not None else ""
     return (
         f"A GPT-2 of {n} parameters, trained {began} on {d} tokens as one point of the scaling-law ladder "
         f"`{spec.ladder}` (rung `{spec.rung}`). This is {end}{loss}"

@@ -143,7 +143,8 @@ def _mean_loss(losses: Losses, windows: Ids, trained: Trained, device: str) -> f
         for first in range(0, len(windows), size):
             ids = torch.from_numpy(windows[first : first + size]).to(device)
             total += float(losses(ids[:, :-1], ids[:, 1:]).double().sum())
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
+    n_tokens: int = windows.shape[0] * (windows.shape[1] - 1)
+    return total / n_tokens
 
 
 def _foreign_losses(model: "PreTrainedModel", x_BT: Tensor, y_BT: Tensor) -> Tensor:

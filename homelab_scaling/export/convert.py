@@ -219,7 +219,7 @@ def from_hugging_face(folder: Path, *, device: str = "cpu") -> Portable:
     model = load_weights(folder)
     tokenizer = load_tokenizer(folder)
     config: Any = model.config
-    facts = codec.read_plain_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    facts = read_facts(folder)
     row, eot_id = facts.get("row") or {}, tokenizer.eos_token_id
     return Portable(
         name=name,
@@ -236,6 +236,20 @@ def from_hugging_face(folder: Path, *, device: str = "cpu") -> Portable:
         tokenizer_hash=_hash_of(folder, facts),
         facts=facts or None,
     )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What our export wrote beside the model; empty for others."""
+    plain = codec.read_plain_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    return plain if isinstance(plain, dict) and cut_by(plain) is not None else {}
+
+
+def cut_by(facts: dict[str, Any]) -> str | None:
+    """The hash of the tokenizer that cut the training text; None where the facts are not ours."""
+    try:
+        return str(facts["spec"]["science"]["tokenizer_hash"])
+    except (KeyError, TypeError):
+        return None
 
 
 def check_hugging_face(folder: Path, *, with_tokenizer: bool = True) -> None:
@@ -320,7 +334,7 @@ def _hash_of(folder: Path, facts: dict[str, Any]) -> str | None:
     from homelab_scaling.data.tokenizers import load_tokenizer as load_cutter
 
     if facts:
-        return str(facts["spec"]["science"]["tokenizer_hash"])
+        return cut_by(facts)
     try:
         return load_cutter(str(folder / "tokenizer.json")).hash
     except DataError:

@@ -15,7 +15,7 @@ from torch import Tensor
 from homelab_scaling import codec
 from homelab_scaling.data.shards import open_shards
 from homelab_scaling.errors import DataError, HomelabError, MachineError, SpecError, UserError
-from homelab_scaling.export.convert import FACTS, check_hugging_face, load_tokenizer, load_weights
+from homelab_scaling.export.convert import check_hugging_face, cut_by, load_tokenizer, load_weights, read_facts
 from homelab_scaling.export.hf_tokenizer import check_same_ids, quiet_transformers
 from homelab_scaling.export.trained import is_run
 from homelab_scaling.plan.parts import Start
@@ -134,8 +134,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def _refuse_other_ids(start: Start, corpus: CorpusManifest, shards: Path) -> None:
     """DataError where the checkpoint's own tokenizer gives other ids than the corpus's; one without any is trusted."""
     folder = Path(start.folder)
-    facts = codec.read_plain_json(folder / FACTS) if (folder / FACTS).is_file() else None
-    if facts is not None and facts["spec"]["science"]["tokenizer_hash"] == corpus.tokenizer_hash:
+    if cut_by(read_facts(folder)) == corpus.tokenizer_hash:
         return
     cutter_is_here = corpus.tokenizer_file is not None or corpus.tokenizer == "bytes"
     if not (folder / "tokenizer.json").is_file() or not cutter_is_here or not shards.is_dir():

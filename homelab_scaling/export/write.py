@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from homelab_scaling import codec
 from homelab_scaling.errors import MachineError, SpecError, UserError
-from homelab_scaling.export.card import Law, read_law, write_card
+from homelab_scaling.export.card import write_card
 from homelab_scaling.export.check import Check, Sample, check_folder
 from homelab_scaling.export.convert import FACTS, Portable, from_trained, pick_device
 from homelab_scaling.export.hf_tokenizer import quiet_transformers
+from homelab_scaling.export.law import Law, read_law
 from homelab_scaling.export.trained import At, Trained, find_trained, is_run, public_source, refuse_lab, tokenizer_of
 from homelab_scaling.runs import flock
 
@@ -193,9 +196,10 @@ def _building(out: Path) -> Iterator[Path]:
                     for parent in new_parents:
                         with suppress(OSError):
                             parent.rmdir()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise MachineError(
-            f"{out}: the export could not be written ({error.strerror or error}); free space or choose another --out"
+            f"{out}: the export could not be written ({why}); free space or choose another --out"
         ) from error
 
 

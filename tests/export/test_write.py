@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from homelab_scaling import cli, codec
@@ -19,8 +19,9 @@ from homelab_scaling.data.shards import open_shards
 from homelab_scaling.errors import CheckpointError, MachineError, SpecError
 from homelab_scaling.export import check as checking
 from homelab_scaling.export import convert, write
-from homelab_scaling.export.card import read_law, sample_texts
+from homelab_scaling.export.card import sample_texts
 from homelab_scaling.export.convert import open_model
+from homelab_scaling.export.law import read_law
 from homelab_scaling.export.trained import find_trained
 from homelab_scaling.export.write import export_model
 from homelab_scaling.fit.fit import fit_points
@@ -129,7 +130,9 @@ def test_a_wrong_folder_never_gets_a_name(run, tmp_path: Path, monkeypatch) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device"), SafetensorError("IoError")]
+)
 def test_an_interrupted_export_leaves_nothing(run, tmp_path: Path, monkeypatch, error: BaseException) -> None:
     def interrupted(*_a: object, **_k: object) -> None:
         raise error
