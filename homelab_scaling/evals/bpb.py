@@ -16,7 +16,7 @@ from homelab_scaling.errors import DataError
 from homelab_scaling.evals.intervals import ratio
 from homelab_scaling.evals.results import Document, Kind, Outcome, Part, Setting
 from homelab_scaling.evals.scorer import score
-from homelab_scaling.evals.texts import HeldDocument, HeldOut
+from homelab_scaling.evals.texts import MAX_DOCUMENT_BYTES, HeldDocument, HeldOut
 from homelab_scaling.export.convert import Portable
 from homelab_scaling.specs import CorpusManifest, Split
 
@@ -39,7 +39,8 @@ class BitsPerByte:
     def __init__(self, text: HeldOut, *, limit: int | None = None, most_bytes: int = MOST_BYTES) -> None:
         """Takes documents in the order of their hashes until `limit` (500) or `most_bytes` is reached, one at least."""
         wanted = sorted(text.documents, key=lambda document: document.doc_id)[: limit or N_DOCUMENTS]
-        taken, n_bytes = [], 0
+        taken: list[HeldDocument] = []
+        n_bytes = 0
         for document in wanted:
             if taken and n_bytes + document.n_bytes > most_bytes:
                 break
@@ -52,6 +53,7 @@ class BitsPerByte:
             "text_id": text.fingerprint,
             "documents": len(taken),
             "bytes": n_bytes,
+            "most_bytes_of_a_document": MAX_DOCUMENT_BYTES,
             "windows": "disjoint, of the model's context; end-of-text before each document",
         }
 

@@ -26,7 +26,6 @@ from homelab_scaling.evals.ngrams import BARRIER, Hashes, Sought, WordStream, gr
 from homelab_scaling.evals.results import Document, Outcome
 from homelab_scaling.evals.texts import Language, language_of, open_own_shards, why_no_shards
 from homelab_scaling.export.convert import Portable
-from homelab_scaling.specs import stable_hash
 
 N_GRAM, FEWEST_WORDS = 13, 8
 LONG_WORDS, LONG_FRAC = 500, 0.2
@@ -229,4 +228,4 @@ def _training_text(shards: Shards, model: Portable, report: Report) -> Iterator[
 
 
 def _key(documents: Sequence[Document]) -> str:
-    return stable_hash([_VERSION, N_GRAM, FEWEST_WORDS, [[d.doc_id, d.text] for d in documents]], n_chars=12)
+    return codec.stable_hash([_VERSION, N_GRAM, FEWEST_WORDS, [[d.doc_id, d.text] for d in documents]], n_chars=12)

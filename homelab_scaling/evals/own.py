@@ -34,7 +34,7 @@ def own_tasks(
 
     Args:
         model: that will be asked; its tokenizer reads the shards of its run, and makes the sequences of `copy`.
-        names: of OWN_TASKS; None takes all for which there is text (see `why_no_text`).
+        names: of OWN_TASKS; None takes all for which there is text (see `left_out_because`).
         text: a .txt, .jsonl or .parquet file, a folder of them or `python`, in place of the run's held-out documents.
         text_field: of .jsonl and .parquet.
         limit: most items of a task (500).
@@ -64,9 +64,11 @@ def own_tasks(
     return tasks
 
 
-def why_no_text(model: Portable) -> str | None:
-    """In words why the tasks of WANT_TEXT need --text for this model; None if its run's held-out text is there."""
-    return _text(model, None, "text")[1]
+def left_out_because(model: Portable, names: Sequence[str]) -> str | None:
+    """Which of our own tasks are not among those asked, for want of held-out text, in words; None if none is."""
+    missing = [name for name in OWN_TASKS if name not in names]
+    why_none = _text(model, None, "text")[1] if missing else None
+    return None if why_none is None else f"not asked: {', '.join(missing)}; {why_none}"
 
 
 def _text(model: Portable, text: str | Path | None, text_field: str) -> tuple[HeldOut | None, str | None]:

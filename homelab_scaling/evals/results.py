@@ -47,10 +47,16 @@ class Task(Protocol):
     """As reports call the score: `acc_norm`, `exact_match`, `bits_per_byte`, ..."""
     kind: Kind
     higher_is_better: bool
-    chance: float | None
-    """What guessing gets; None where guessing means nothing."""
-    settings: dict[str, Setting]
-    """What changes the number: shots, normalisation, template, limit, ...; equal settings, comparable scores."""
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing gets; None where guessing means nothing."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """What changes the number: shots, normalisation, template, limit, ...; equal settings, comparable scores."""
+        ...
 
     def documents(self) -> Sequence[Document]:
         """Every item, in the order in which they are asked."""

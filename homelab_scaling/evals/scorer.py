@@ -160,8 +160,8 @@ def _forward(model: Portable, batch: Sequence[Window]) -> list[tuple[float, bool
     for window, logits_TV in zip(batch, _logits(model, batch), strict=True):
         targets_T = torch.tensor(window.ids[-window.n_new :], dtype=torch.long, device=logits_TV.device)
         total, all_best = 0.0, True
-        for part, targets in zip(logits_TV.split(rows), targets_T.split(rows), strict=True):
-            logits = part.float()
+        for first in range(0, window.n_new, rows):
+            logits, targets = logits_TV[first : first + rows].float(), targets_T[first : first + rows]
             own = logits.gather(1, targets[:, None])[:, 0]
             total += float((own - logits.logsumexp(dim=1)).double().sum())
             all_best &= bool((logits.argmax(dim=1) == targets).all())

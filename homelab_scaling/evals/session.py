@@ -10,7 +10,7 @@ from homelab_scaling.evals.catalogue import Catalogue
 from homelab_scaling.evals.compare import Delta, Evaluated, against_first, against_previous, read_evaluated
 from homelab_scaling.evals.harness import HarnessTask, Loaded, Options
 from homelab_scaling.evals.known import HARNESS
-from homelab_scaling.evals.own import OWN_TASKS, own_tasks
+from homelab_scaling.evals.own import OWN_TASKS, left_out_because, own_tasks
 from homelab_scaling.evals.plots import write_picture
 from homelab_scaling.evals.price import Tariff, metered
 from homelab_scaling.evals.results import Task
@@ -143,6 +143,8 @@ def _ask(
     store = Store(target.evals / model.name)
     tasks = tasks_for(model, wishes, loaded)
     say(f"{model.name}: {', '.join(task.name for task in tasks)}; on {facts.device}")
+    if not wishes.tasks and (left_out := left_out_because(model, [task.name for task in tasks])) is not None:
+        say(left_out)
     with store.lock(), metered(target.labs, model.device, say) as meter:
         store.open_for(facts)
         training_text, why_not = _training_text(model, target, tasks, stopped)

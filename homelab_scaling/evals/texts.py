@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from homelab_scaling.codec import stable_hash
 from homelab_scaling.data.shards import Shards, open_shards
 from homelab_scaling.errors import DataError
 from homelab_scaling.evals.decode import Decoder
 from homelab_scaling.export.convert import Portable
-from homelab_scaling.specs import stable_hash
 
 Language = Literal["code", "prose"]
 

@@ -12,7 +12,7 @@ from homelab_scaling.data.shards import open_shards
 from homelab_scaling.errors import DataError
 from homelab_scaling.evals.bpb import BitsPerByte
 from homelab_scaling.evals.intervals import share
-from homelab_scaling.evals.own import OWN_TASKS, own_tasks, why_no_text
+from homelab_scaling.evals.own import OWN_TASKS, left_out_because, own_tasks
 from homelab_scaling.evals.pairs import IN_COUPLES, corrupt, direction, rules_of
 from homelab_scaling.evals.probes import Copy, LastWord, MinimalPairs
 from homelab_scaling.evals.texts import held_out, language_of
@@ -332,7 +332,11 @@ def test_text_tasks_are_the_same_for_every_tokenizer(prose: Path, tmp_path: Path
 def test_a_foreign_model_without_text_can_only_copy() -> None:
     model = portable(context=64)
     assert [task.name for task in own_tasks(model, limit=5)] == ["copy"]
-    assert "--text" in (why_no_text(model) or "")
+    assert left_out_because(model, ["copy"]) == (
+        "not asked: bpb, last-word, minimal-pairs; tiny: nothing is known of the text this model was trained on; name "
+        "a text with --text FILE"
+    )
+    assert left_out_because(model, list(OWN_TASKS)) is None
     with pytest.raises(DataError, match="task last-word wants held-out text: tiny: nothing is known of the text"):
         own_tasks(model, ["last-word"])
     with pytest.raises(DataError, match="no such file"):
