@@ -186,7 +186,7 @@ STYLE = """
 body{margin:0;background:var(--bg);color:var(--text);font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
 -webkit-text-size-adjust:100%}
 main{max-width:63rem;margin:0 auto;padding:2.2rem 1.2rem 4rem}
-h1{font-size:1.75rem;line-height:1.25;margin:0 0 1rem;letter-spacing:-.01em}
+h1{font-size:1.75rem;line-height:1.25;margin:0 0 1rem;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:1.22rem;margin:2.8rem 0 .8rem;padding-top:1.1rem;border-top:1px solid var(--line)}
 p,ul{margin:.75rem 0;max-width:50rem}ul{padding-left:1.25rem}li{margin:.3rem 0;overflow-wrap:anywhere}
 p.lead{font-size:1.08rem}

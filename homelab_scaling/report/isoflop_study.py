@@ -105,6 +105,8 @@ def _caption(view: LabView) -> str:
     text += ", dotted a parabola through them in log N"
     if budgets[0].flops is None:
         text += "; above each dot stands what it cost, so the curve is no isoFLOP curve and has no minimum to report"
+    elif not any(minimum_of(one) for one in budgets):
+        text += ", which has no minimum between the sizes"
     elif any(one.n_sizes < MIN_SIZES for one in budgets):
         text += " with its minimum; through three sizes a parabola always fits, so that minimum has no interval"
     else:
