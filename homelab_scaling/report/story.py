@@ -127,7 +127,19 @@ def _no_size_law(view: LabView) -> str:
     return (
         f"{len(view.rows)} row{plural(len(view.rows))} measured on {machine_words(view)}, the lowest loss "
         f"{best.loss_nats:.3f} nats per token at N = {short(best.n_params)}, D = {short(best.n_tokens)}. "
-        f"There is no law of model size to report: {why}."
+        f"There is no law of model size to report: {why}.{_along_a_ratio(view)}"
+    )
+
+
+def _along_a_ratio(view: LabView) -> str:
+    """What stands in for the law of size where every size had its own tokens."""
+    law = view.study.size_law
+    e = law.derived["exponent"] if law is not None and law.is_fitted else None
+    if law is None or e is None or e.value is None or not law.rows.endswith(" N"):
+        return ""
+    return (
+        f" Where tokens grow with size, at {law.rows}, the loss falls with N as a power of {brief(e.value)}"
+        f"{in_brackets(e)} (R² = {r2_text(law)}); that is of size and tokens together."
     )
 
 

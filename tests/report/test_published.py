@@ -238,6 +238,8 @@ def test_sizes_that_share_no_tokens_are_taken_at_equal_tokens_per_parameter(synt
     assert fit.derived["exponent"].value == pytest.approx(exponent, abs=1e-3)
     assert fit.derived["exponent"].ci95 is not None
     assert "not of N alone" in line(view, "exponent_n")["how"]
+    lead = tell(view, [])[0].text
+    assert "There is no law of model size" in lead and "at D = 40 N, the loss falls with N as a power of 0.17" in lead
 
 
 def collect_n(synthetic, rung: str) -> int:
