@@ -9,7 +9,7 @@ LAB/<ladder>/prediction.md   D_opt for 1e9 parameters, and how much to trust it
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +81,42 @@ def _figure(pictures: Sequence[Picture | NoPicture]) -> list[Picture]:
 
 
 def other_pictures(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Picture | NoPicture]:
-    """The figures without the one that stands in the study's own section."""
-    own = {one.name for one in _figure(pictures)} if is_isoflop(view) else set()
-    return [one for one in pictures if one.name not in own]
+    """The figures without the one that stands in the study's own section, which is the answer of such a ladder."""
+    if not is_isoflop(view):
+        return list(pictures)
+    own = {one.name for one in _figure(pictures)}
+    return [
+        replace(one, section="figures") if isinstance(one, Picture) and one.section == "answer" else one
+        for one in pictures
+        if one.name not in own
+    ]
+
+
+def best_sizes(view: LabView) -> str | None:
+    """The answer to an isoFLOP ladder's question; None for other ladders and before there is one."""
+    found = measured_budgets(view) if is_isoflop(view) else []
+    if not found:
+        return None
+    if found[0].flops is None:
+        at = int(np.argmin(found[0].losses))
+        return (
+            "The published tokens are not one budget, so no size can be called best for its compute; the lowest loss, "
+            f"{found[0].losses[at]:.3f}, is that of N = {short(float(found[0].sizes[at]))}."
+        )
+    return " ".join(_best_size(one) for one in found)
+
+
+def _best_size(budget: Budget) -> str:
+    at = int(np.argmin(budget.losses))
+    trained = f"of the sizes trained N = {short(float(budget.sizes[at]))} is best ({budget.losses[at]:.3f})"
+    best, c = minimum_of(budget), flops(budget.flops or 0.0)
+    if best is None:
+        return f"At {c} FLOPs {trained}, and no minimum lies between them."
+    if best.ci95 is not None:
+        sure = f"95 % interval [{short(best.ci95[0])}, {short(best.ci95[1])}]"
+    else:
+        sure = "a parabola through three sizes, so without an interval" if budget.n_sizes < MIN_SIZES else "no interval"
+    return f"At {c} FLOPs the loss is lowest near N = {short(best.n_params)} ({sure}); {trained}."
 
 
 def _image(view: LabView, picture: Picture, file: str) -> Image:

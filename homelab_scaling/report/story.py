@@ -16,7 +16,7 @@ from homelab_scaling.report.equal_steps import steps_study
 from homelab_scaling.report.evals import evaluations
 from homelab_scaling.report.evidence import card, evidence, live
 from homelab_scaling.report.figures import NoPicture, Picture, Section
-from homelab_scaling.report.isoflop_study import isoflop_study, other_pictures
+from homelab_scaling.report.isoflop_study import best_sizes, isoflop_study, other_pictures
 from homelab_scaling.report.published import published
 from homelab_scaling.report.seeds import seeds
 from homelab_scaling.report.tables import laws, predictions, what_was_run
@@ -42,9 +42,10 @@ TIGHT, LOOSE = 0.10, 0.35
 
 def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
     """The whole report, the answer first."""
+    others = other_pictures(view, pictures)
     return [
         *answer(view),
-        *images(pictures, "answer"),
+        *images(others, "answer"),
         *isoflop_study(view, pictures),
         *what_was_run(view),
         *live(view),
@@ -56,7 +57,7 @@ def tell(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[Block]:
         *seeds(view),
         *batches(view, images(pictures, "batch")),
         *evaluations(view, images(pictures, "evals")),
-        *figures(other_pictures(view, pictures)),
+        *figures(others),
         *weaknesses(view),
         *predictions(view),
         *how_to_repeat(view),
@@ -89,6 +90,7 @@ def answer(view: LabView) -> list[Block]:
     findings = [
         text
         for text in (
+            best_sizes(view),
             _order(view),
             _joint_law(view),
             _chosen_law(view),

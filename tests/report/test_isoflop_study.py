@@ -20,7 +20,7 @@ from homelab_scaling.ladder import BatchTable, DataTable, Horizons, Ladder, Rung
 from homelab_scaling.plan.ladder import plan_ladder, read_ladder
 from homelab_scaling.plan.parts import Plan
 from homelab_scaling.plan.peaks import box_with
-from homelab_scaling.report import figures, isoflop_plots, isoflop_study, target
+from homelab_scaling.report import figures, isoflop_plots, isoflop_study, plots, target
 from homelab_scaling.report.collect import collect
 from homelab_scaling.report.document import to_markdown
 from homelab_scaling.report.story import tell
@@ -248,6 +248,34 @@ def test_hoffmanns_rounded_law_at_the_published_runs_is_said_beside_what_was_pri
     text = (published / "report" / "report.md").read_text()
     assert "give 4.65, 4.21 and 4.35 nats for the 3 runs" in text
     assert "prints 4.66, 4.40 and 4.48, +0.01, +0.19 and +0.13 from that law" in text
+
+
+def test_the_ladders_question_is_answered_first(published, wide):
+    page = (published / "report" / "report.md").read_text()
+    answer = page[: page.index("## The isoFLOP study")]
+    view = collect(published)
+    best = min(view.rows, key=lambda row: row.loss_nats)
+    assert f"{best.loss_nats:.3f}" in answer
+    if published.name.endswith("nominal"):
+        assert "no size can be called best for its compute" in answer
+    else:
+        (budget,) = isoflop_plots.measured_budgets(view)
+        low = isoflop_plots.minimum_of(budget).n_params
+        assert (
+            f"At 1.35e17 FLOPs the loss is lowest near N = {low / 1e6:.1f}M (a parabola through three sizes" in answer
+        )
+    assert "of the sizes trained N = " in (wide / "report" / "report.md").read_text().split("## ")[0]
+
+
+def test_the_figure_of_sizes_at_equal_tokens_is_no_answer_here(published):
+    view = collect(published)
+    size = next(kind for kind in figures.FIGURES if kind.draw is plots.loss_against_size)
+    one = figures.Picture(
+        name="loss_against_size", title="t", caption="c", light_png=b"", dark_png=b"", section=size.section
+    )
+    (moved,) = isoflop_study.other_pictures(view, [one])
+    assert moved == replace(one, section="figures")
+    assert isoflop_study.other_pictures(replace(view, horizons=None), [one]) == [one]
 
 
 def test_the_published_tokens_are_three_budgets_by_exact_count(published):
