@@ -9,7 +9,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ class Catalogue:
             if not path.is_file():
                 raise SpecError(f"{name}: no such file; give an existing YAML or JSONL file, or the name of a task")
             return self._build(str(path.resolve()), _entry_of(path), self._own or self._none)
-        for find in (lambda: self._own, lambda: self._near(name), _every_task):
+        finders: tuple[Callable[[], Any], ...] = (lambda: self._own, lambda: self._near(name), _every_task)
+        for find in finders:  # the last one only where it must be
             manager = find()
             if manager is not None and name in manager.task_index:
                 return self._build(name, manager.task_index[name], manager)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from homelab_scaling.evals.sitting import Progress
 
@@ -47,15 +48,15 @@ def _bars() -> Iterator[Report]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        known: dict[str, tuple[int, Progress]] = {}
+        told: Progress | None = None
+        bar: Any = None
 
         def report(progress: Progress) -> None:
-            before = known.get(progress.task)
-            if before is None or progress.n_done < before[1].n_done:  # the same task of the next model
+            nonlocal told, bar
+            is_new = told is None or progress.task != told.task or progress.n_done < told.n_done
+            told = progress
+            if is_new:
                 bar = bars.add_task(progress.task, total=progress.n_documents)
-            else:
-                bar = before[0]
-            known[progress.task] = int(bar), progress
             bars.update(bar, completed=progress.n_done)
 
         yield report
