@@ -37,7 +37,15 @@ class Args:
 def main(args: Args) -> int:
     from homelab_scaling.export.write import export_model
 
-    made = export_model(args.run, args.out, at=args.at, dtype=args.dtype, tokenizer=args.tokenizer, device=args.device)
+    made = export_model(
+        args.run,
+        args.out,
+        at=args.at,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        device=args.device,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     if args.json:
         print(codec.dumps(made))
     else:

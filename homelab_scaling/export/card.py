@@ -68,8 +68,11 @@ def _what(trained: Trained, check: Check) -> str:
     )
     began = "from random weights" if science.start is None else f"from the weights of {_start(trained)}"
     n, d = short(trained.n_params), short(trained.checkpoint.tokens)
-    nats = trained.row.loss_nats if trained.row is not None else check.loss_nats if trained.corpus is not None else None
-    loss = f" Its loss on held-out text is {nats:.4f} nats per token." if nats is not None else ""
+    loss = ""
+    if trained.row is not None:
+        loss = f" Its loss on held-out text is {trained.row.loss_nats:.4f} nats per token."
+    elif trained.corpus is not None:
+        loss = f" Its loss on {check.on} is {check.loss_nats:.4f} nats per token."
     return (
         f"A GPT-2 of {n} parameters, trained {began} on {d} tokens as one point of the scaling-law ladder "
         f"`{spec.ladder}` (rung `{spec.rung}`). This is {end}{loss}"
@@ -100,7 +103,7 @@ def _usage(trained: Trained, dtype: str) -> list[str]:
     )
     width = trained.spec.science.shape.d_model // trained.spec.science.shape.n_head
     if width % VLLM_HEAD_MULTIPLE == 0:
-        served = "So does vLLM (`vllm serve DIR`): architecture, names and vocabulary are GPT-2's."
+        served = "So should vLLM (`vllm serve DIR`), whose GPT-2 has the same names; that was not tried here."
     else:
         served = (
             f"The form is also what vLLM takes, but its attention kernels want heads whose width is a multiple of "

@@ -10,7 +10,7 @@ Before that the folder is loaded again as a stranger would load it, and has to g
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ def export_model(
     dtype: Dtype = "fp32",
     tokenizer: Path | None = None,
     device: str = "auto",
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """The Hugging Face folder `out` of a trained checkpoint, proven to be the same model.
 
@@ -66,6 +67,7 @@ def export_model(
         dtype: of the weights in the file.
         tokenizer: a tokenizer.json, for runs on shards that came without one.
         device: where the check computes.
+        tell: hears what is being done, in a line.
 
     Raises:
         UserError: there is nothing to export, `out` holds something else, or the folder does not give the same loss.
@@ -78,6 +80,7 @@ def export_model(
     law = read_law(trained)
     with _building(out) as folder:
         _write_model(portable, folder, dtype)
+        tell(f"{portable.name}: written; loading it again as anybody would, to compare losses on {where}")
         check, samples = check_folder(folder, trained, cutter, dtype=dtype, device=where)
         _write_words(portable, trained, folder, dtype=dtype, check=check, samples=samples, law=law)
         _publish(folder, out)

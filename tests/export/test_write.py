@@ -263,7 +263,9 @@ def test_backticks_and_control_characters_do_not_break_the_card() -> None:
 
 def test_the_verb(run, tmp_path: Path, capsys) -> None:
     assert cli.main(["export", str(run.folder.path), "--out", str(tmp_path / "out"), "--json", "--device", "cpu"]) == 0
-    plain = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    plain = json.loads(told.out)
+    assert "loading it again" in told.err and told.err.count("\n") == 1
     assert plain["folder"] == str(tmp_path / "out") and plain["check"]["whole"] is True
     assert cli.main(["export", str(run.folder.path), "--out", str(tmp_path / "out"), "--at", "7"]) == 2
     said = capsys.readouterr().err
