@@ -35,6 +35,8 @@ _TOKENS_AT_ONCE = 1 << 19
 
 Report = Callable[[int, int], None]
 """Called with the training tokens read, and all of them."""
+Say = Callable[[str], None]
+_SAY_EVERY_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +101,19 @@ class TrainingText:
     Args:
         model: one for which `unknown_because` has nothing to say.
         cache: folder of the answers; None keeps them in memory only.
-        report: told how far the reading is.
+        report: told how far the reading is; what it raises ends the reading.
+        say: told in words when the reading begins and ends, and now and then between.
     """
 
-    def __init__(self, model: Portable, *, cache: Path | None, report: Report | None = None) -> None:
+    def __init__(
+        self, model: Portable, *, cache: Path | None, report: Report | None = None, say: Say | None = None
+    ) -> None:
         """Raises DataError if the shards are not there or cannot be read."""
         self._model = model
         self._shards = open_own_shards(model)
         self._cache = cache
         self._report: Report = report or (lambda _done, _all: None)
+        self._say: Say = say or (lambda _text: None)
         self._known: dict[str, Overlap] = {}
 
     def overlap(self, documents: Sequence[Document]) -> Overlap:
@@ -144,6 +150,8 @@ class TrainingText:
         sought = _sought(todo.values())
         n_bytes = self._look(sought)
         seconds = time.monotonic() - began
+        if n_bytes:
+            self._say(f"training text: {n_bytes / 1e6:,.0f} MB read in {seconds:.1f} s")
         for key, wanted in todo.items():
             found = Overlap(
                 data_id=self._shards.manifest.data_id,
@@ -169,8 +177,16 @@ class TrainingText:
         if not sought:
             return 0
         streams = {language: WordStream(language, N_GRAM) for language, _n in sought}
-        n_bytes = 0
-        for text, size in _training_text(self._shards, self._model, self._report):
+        n_bytes, told = 0, time.monotonic()
+        total = self._shards.manifest.train.n_tokens
+        self._say(
+            f"training text: {total:,} tokens are read once, for 13-grams that the tasks have in common with them"
+        )
+        for n_done, text, size in _training_text(self._shards, self._model):
+            self._report(n_done, total)
+            if time.monotonic() - told > _SAY_EVERY_S:
+                told = time.monotonic()
+                self._say(f"training text: {n_done / total:.0%} read")
             n_bytes += size
             for language, stream in streams.items():
                 _mark(sought, language, stream.feed(text))
@@ -213,8 +229,8 @@ def _mark(sought: dict[tuple[Language, int], Sought], language: Language, words:
             grams.look(gram_hashes(words, n))
 
 
-def _training_text(shards: Shards, model: Portable, report: Report) -> Iterator[tuple[str, int]]:
-    """(text, bytes) of the training documents in pieces, BARRIER between them."""
+def _training_text(shards: Shards, model: Portable) -> Iterator[tuple[int, str, int]]:
+    """(tokens so far, text, bytes) of the training documents in pieces, BARRIER between them."""
     eot = shards.manifest.eot_id
     replace = {} if eot is None else {eot: f" {BARRIER} ".encode()}
     decoder = Decoder(model.tokenizer, shards.manifest.n_vocab, replace)
@@ -222,9 +238,8 @@ def _training_text(shards: Shards, model: Portable, report: Report) -> Iterator[
     total = len(shards.train)
     for first in range(0, total, _TOKENS_AT_ONCE):
         raw = decoder.to_bytes(shards.train[first : first + _TOKENS_AT_ONCE])
-        yield in_pieces.decode(raw), len(raw)
-        report(min(total, first + _TOKENS_AT_ONCE), total)
-    yield in_pieces.decode(b"", final=True), 0
+        yield min(total, first + _TOKENS_AT_ONCE), in_pieces.decode(raw), len(raw)
+    yield total, in_pieces.decode(b"", final=True), 0
 
 
 def _key(documents: Sequence[Document]) -> str:

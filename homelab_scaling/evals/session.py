@@ -147,7 +147,7 @@ def _ask(
         say(left_out)
     with store.lock(), metered(target.labs, model.device, say) as meter:
         store.open_for(facts)
-        training_text, why_not = _training_text(model, target, tasks, stopped)
+        training_text, why_not = _training_text(model, target, tasks, stopped, say)
         sitting = Sitting(
             model=model,
             about=facts,
@@ -192,7 +192,7 @@ def tasks_for(model: Portable, wishes: Wishes, loaded: Sequence[Loaded]) -> list
 
 
 def _training_text(
-    model: Portable, target: Target, tasks: Sequence[Task], stopped: Callable[[], str | None]
+    model: Portable, target: Target, tasks: Sequence[Task], stopped: Callable[[], str | None], say: Say
 ) -> tuple[contamination.TrainingText | None, str | None]:
     """The run's training text with every task's documents looked for in one reading, or why that is not possible."""
     why_not = contamination.unknown_because(model)
@@ -203,7 +203,7 @@ def _training_text(
         if (why := stopped()) is not None:
             raise Stopped(f"{why} while the training text was read; the same command goes on from here")
 
-    text = contamination.TrainingText(model, cache=target.evals, report=check)
+    text = contamination.TrainingText(model, cache=target.evals, report=check, say=say)
     text.overlaps([task.documents() for task in tasks])
     return text, None
 

@@ -16,7 +16,8 @@ from homelab_scaling.report.words import sentence
 TITLE = "What the models can do"
 CAPTION = (
     "Scores of `homelab eval` with their 95 % intervals. The clean part leaves out documents that share a run of 13 "
-    "words with the training text. Time is that of asking; a tilde marks energy from stated watts."
+    "words with the training text, and long ones that share a fifth of all their runs. Time is that of asking; a tilde "
+    "marks energy from stated watts."
 )
 
 

@@ -146,10 +146,16 @@ def test_several_tasks_are_one_reading_and_the_second_time_none(
 ) -> None:
     tasks = [documents(" ".join(trained_on[i][:20])) for i in range(3)] + [documents("f(x)[0] = {y: z}; " * 5)]
     told: list[tuple[int, int]] = []
-    text = TrainingText(model, cache=tmp_path / "evals", report=lambda done, total: told.append((done, total)))
+    said: list[str] = []
+    text = TrainingText(
+        model, cache=tmp_path / "evals", report=lambda done, total: told.append((done, total)), say=said.append
+    )
     found = text.overlaps(tasks)
     n_tokens = len(open_shards(model.shards).train)
-    assert told == [(n_tokens, n_tokens)]
+    assert set(told) == {(n_tokens, n_tokens)}
+    assert len(told) == 2  # one piece, and the end
+    assert said[0].startswith(f"training text: {n_tokens:,} tokens are read once")
+    assert said[1].startswith("training text: 0 MB read in ")
     assert [f.n_overlapping for f in found] == [1, 1, 1, 0]
     assert len(list((tmp_path / "evals").glob("overlap-*.json"))) == 4
 
@@ -160,6 +166,18 @@ def test_several_tasks_are_one_reading_and_the_second_time_none(
     assert TrainingText(model, cache=tmp_path / "evals").overlaps(tasks) == found
     with pytest.raises(AssertionError, match="read again"):
         TrainingText(model, cache=tmp_path / "evals").overlap(documents("another text " * 9))
+
+
+def test_a_reading_that_is_stopped_leaves_nothing(model, trained_on: list[list[str]], tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(_done: int, _all: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        TrainingText(model, cache=tmp_path, report=stop).overlap(documents(" ".join(trained_on[0][:20])))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_cache_is_measured_again(model, trained_on: list[list[str]], tmp_path: Path) -> None:
