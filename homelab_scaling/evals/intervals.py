@@ -103,9 +103,9 @@ def ratio(over: Floats, under: Floats, *, seed: int) -> Part:
 def _tail(n: int) -> float:
     """Share of the resamples to leave out at either end: less than 2.5 %, because n documents vary too little.
 
-    Source: Hesterberg 2015, "What teachers should know about the bootstrap" (expanded percentile interval). Measured on
-    documents as unequal as a corpus' (log-normal lengths, sigma 1): with 10, 25, 54 and 200 of them 95 % intervals cover
-    in 93, 93, 92 and 94 % of samples, the plain percentiles in 87, 91, 92 and 94 %.
+    Source: Hesterberg 2015, "What teachers should know about the bootstrap" (expanded percentile interval). Measured
+    on documents as unequal as a corpus' (log-normal lengths, sigma 1): with 10, 25, 54 and 200 of them 95 % intervals
+    cover in 93, 93, 92 and 94 % of samples, the plain percentiles in 87, 91, 92 and 94 %.
     """
     from scipy.stats import norm, t
 
