@@ -115,7 +115,8 @@ def _best_size(budget: Budget) -> str:
     if best.ci95 is not None:
         sure = f"95 % interval [{short(best.ci95[0])}, {short(best.ci95[1])}]"
     else:
-        sure = "a parabola through three sizes, so without an interval" if budget.n_sizes < MIN_SIZES else "no interval"
+        few = budget.n_sizes < MIN_SIZES
+        sure = f"{'a parabola through three sizes' if few else 'its curvature is not sure'}, so without an interval"
     return f"At {c} FLOPs the loss is lowest near N = {short(best.n_params)} ({sure}); {trained}."
 
 
@@ -142,8 +143,10 @@ def _caption(view: LabView) -> str:
         text += ", which has no minimum between the sizes"
     elif any(one.n_sizes < MIN_SIZES for one in budgets):
         text += " with its minimum; through three sizes a parabola always fits, so that minimum has no interval"
+    elif any(best.ci95 for one in budgets if (best := minimum_of(one)) is not None):
+        text += " with its minimum and, where its curvature is sure, the 95 % interval of that"
     else:
-        text += " with its minimum and 95 % interval"
+        text += " with its minimum; no curvature is sure, so no minimum has an interval"
     if view.study.joint is not None:
         return f"{text}. Solid is {view.study.joint.law.title} fitted to all rows, its star the best size."
     if passing_laws(view) is not None and budgets[0].flops is not None:
@@ -349,6 +352,13 @@ def _grounds(view: LabView, pictures: Sequence[Picture | NoPicture]) -> list[str
     ]
     if view.fit is not None and (fit := view.fit.get("chinchilla")) is not None and fit.is_fitted:
         items.append(sentence(f"Intervals: {fit.interval}"))
+        apart = {name: check.disagreement for name, check in fit.cross_checks.items() if check.disagreement}
+        items += [sentence(warning) for warning in fit.warnings if warning not in apart.values()]
+        if apart:
+            items.append(
+                f"Bootstrap, profile and delta method differ by more than a factor of two in the width of intervals "
+                f"(of {listed(list(apart))}): trust the widest, in `fit/fit.json`."
+            )
     absent = next((one for one in pictures if isinstance(one, NoPicture) and one.name == FIGURE), None)
     if absent is not None:
         items.append(f"There is no {PICTURE_FILE}, because {absent.reason}.")

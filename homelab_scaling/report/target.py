@@ -4,6 +4,7 @@ Legend:  N parameters, D tokens, C FLOPs; D_opt the D for which N is the best si
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,7 @@ from homelab_scaling.report.isoflop_plots import passing_laws
 from homelab_scaling.report.words import COUNTS, plural
 
 TARGET_PARAMS = 1e9
+FEW_POINTS = 2 * len(CHINCHILLA.free)
 NO_LIMIT = 1e18
 """Tokens beyond which a range is called open."""
 PUBLISHED = {
@@ -99,7 +101,7 @@ def _facts(view: LabView, main: Target | None) -> Facts:
     return Facts(
         items=(
             (_shown(main, d), f"D_opt for N = {size}, tokens; 95 % interval {_ends(d.ci95)}"),
-            (_shown(main, ratio), f"D/N, tokens per parameter; 95 % interval {_ends(ratio.ci95)}"),
+            (_shown(main, ratio), f"D/N, tokens per parameter; 95 % interval {_ends(ratio.ci95, ratio_text)}"),
         )
     )
 
@@ -119,12 +121,17 @@ def _answer(view: LabView, main: Target | None) -> str:
         f"By L = E + A N^-alpha + B D^-beta fitted to the {main.fit.n_points} rows of this lab, a model of {size} "
         f"parameters is compute-optimal at D_opt = {tokens(best.n_tokens.value)} tokens (95 % interval "
         f"{_ends(best.n_tokens.ci95)}), which is D/N = {tokens(ratio.value)} tokens per parameter (95 % interval "
-        f"{_ends(ratio.ci95)}) and C = 6 N D = {flops(best.flops.value)} FLOPs; N counts {counted}."
+        f"{_ends(ratio.ci95, ratio_text)}) and C = 6 N D = {flops(best.flops.value)} FLOPs; N counts {counted}."
     )
     if not main.is_pinned:
         text += (
             f" An interval wider than a factor of {UNSURE_RATIO:.0f} is no prediction: these rows do not pin D_opt "
             "down, and the value is only where the fit happened to end."
+        )
+    elif best.n_tokens.ci95 is not None and main.fit.n_points < FEW_POINTS:
+        text += (
+            f" With {main.fit.n_points} points of {main.fit.n_runs} runs for {len(CHINCHILLA.free)} parameters hardly "
+            "anything is left over to measure the noise by: do not rely on the width of this interval."
         )
     if best.n_tokens.ci95 is None:
         text += " There is no interval because the fit was made without resamples; run `homelab fit` with --bootstrap."
@@ -203,7 +210,7 @@ def _against_the_rule(view: LabView, main: Target | None) -> str:
     assert view.fit is not None
     ratio, fit = main.best.tokens_per_param, main.fit
     assert ratio.value is not None and main.best.flops.value is not None
-    text = start + _beside(rule, ratio)
+    text = start + _beside(rule, ratio, is_pinned=main.is_pinned)
     cost = predict_budget(fit, main.draws, main.best.flops.value).rule.above_best_nats
     text += (
         f" At the compute of that optimum, {rule:g} tokens per parameter instead would cost {_nats(cost)} by this law."
@@ -212,11 +219,13 @@ def _against_the_rule(view: LabView, main: Target | None) -> str:
     return f"{text} {published} Their text and tokenizer are not these."
 
 
-def _beside(rule: float, ratio: Estimate) -> str:
+def _beside(rule: float, ratio: Estimate, *, is_pinned: bool = True) -> str:
     if ratio.ci95 is None:
         side = "more" if (ratio.value or 0.0) > rule else "fewer"
         return f"the law asks for {side}, {tokens(ratio.value or 0.0)}, without an interval to judge the difference by."
     low, high = ratio.ci95
+    if not is_pinned:
+        return f"an interval of D/N as wide as {_span(ratio.ci95)} neither supports the rule nor speaks against it."
     if low <= rule <= high:
         return f"the interval of D/N, {_span(ratio.ci95)}, holds it, so these runs do not speak against the rule."
     side = "more" if low > rule else "fewer"
@@ -278,7 +287,7 @@ def _how_far(view: LabView, main: Target | None) -> str:
 
 def _beyond(value: float, known: float) -> str:
     decades = math.log10(value / known)
-    return f"{decades:.1f} decades beyond" if decades > 0 else "not beyond"
+    return f"{decades:.1f} decades beyond" if decades >= 0.05 else "not beyond"
 
 
 def _held_out(view: LabView, main: Target | None) -> str:
@@ -290,8 +299,8 @@ def _held_out(view: LabView, main: Target | None) -> str:
     along = [one for one in evidence.holdouts if one.along == "n_params"]
     held = next((one for one in along if one.law == law and one.windows), None)
     if held is None or held.rms_frac is None:
-        reasons = dict.fromkeys(one.why_not for one in along if one.why_not)
-        return f" Nothing could be held out: {listed(list(reasons)) or 'there are too few sizes'}."
+        reasons = [one.why_not for one in along if one.why_not and law in (one.law, None)]
+        return f" Nothing could be held out: {reasons[0] if reasons else 'there are too few sizes'}."
     largest = float(table.columns["n_params"].max())
     step = math.log10(largest / min(window.largest for window in held.windows))
     wanted = math.log10(TARGET_PARAMS / largest)
@@ -359,7 +368,13 @@ def _laws(view: LabView, found: list[Target]) -> Grid:
         d, ratio, error = one.best.n_tokens, one.best.tokens_per_param, errors.get(one.fit.law)
         title = get_law(one.fit.law).title + (" (chosen by hold-out)" if one.fit.law == chosen else "")
         known = "–" if error is None else f"{100 * error:.2f} %"
-        cells = (tokens(d.value or 0.0), _ends(d.ci95), tokens(ratio.value or 0.0), _ends(ratio.ci95), known)
+        cells = (
+            tokens(d.value or 0.0),
+            _ends(d.ci95),
+            tokens(ratio.value or 0.0),
+            _ends(ratio.ci95, ratio_text),
+            known,
+        )
         rows.append((title, *cells))
     return Grid(
         head=("law", "D_opt", "95 %", "D/N", "95 % ", "held out in N"),
@@ -380,8 +395,9 @@ def tokens(value: float) -> str:
     return short(value) if 1e-3 < value < 1e15 else f"{value:.0e}"
 
 
-def _ends(ends: Range | None) -> str:
-    return "none" if ends is None else f"[{tokens(ends[0])}, {tokens(ends[1])}]"
+def _ends(ends: Range | None, form: Callable[[float], str] | None = None) -> str:
+    shown = form or tokens
+    return "none" if ends is None else f"[{shown(ends[0])}, {shown(ends[1])}]"
 
 
 def _span(ends: Range) -> str:

@@ -158,6 +158,9 @@ def test_the_ratio_beside_twenty_names_the_side(wide):
     low, high = found.best.tokens_per_param.ci95
     for rule, said in ((low / 2, "for more"), (high * 2, "for fewer"), ((low + high) / 2, "do not speak against")):
         assert said in target._beside(rule, found.best.tokens_per_param)
+    assert "neither supports the rule nor speaks against it" in target._beside(
+        20.0, found.best.tokens_per_param, is_pinned=False
+    )
 
 
 def test_picture_has_an_interval_for_six_sizes_and_stands_in_its_section(wide):
@@ -390,6 +393,33 @@ def test_an_unknown_cost_is_empty_and_no_resamples_no_interval(tmp_path):
     assert found["E"].ci95 is None and found["E"].reason == "no interval: fitted without resamples"
     text = isoflop_study.prediction(view, [])
     assert "(95 % interval none)" in text and "--bootstrap" in text
+
+
+def test_six_points_have_an_interval_that_is_not_to_be_relied_on_and_nothing_held_out(tmp_path):
+    lab = tmp_path / "wide"
+    plant(
+        lab, replace(WIDE, rungs=WIDE.rungs[::2], horizons=Horizons(flops=(1e17, 1e18))), law, n_vocab=2048, noise=0.005
+    )
+    fit_lab(lab, laws=["chinchilla"], n_bootstrap=100)
+    text = isoflop_study.prediction(collect(lab), [])
+    assert "With 6 points of 3 runs for 5 parameters" in text and "do not rely on the width" in text
+    assert "Nothing was held out" in text and "Without its largest size the lab could not carry this law" in text
+    assert "- The interval is from few runs (3)" in text
+    assert text.count("trust the widest") <= 1
+
+
+def test_losses_too_noisy_for_an_optimum_do_not_get_one(tmp_path):
+    lab = tmp_path / "wide"
+    plant(
+        lab, replace(WIDE, rungs=WIDE.rungs[1:5], horizons=Horizons(flops=(3e16, 3e17))), law, n_vocab=2048, noise=0.03
+    )
+    fit_lab(lab, laws=["chinchilla"], n_bootstrap=100)
+    view = collect(lab)
+    assert not target.target_by(view, "chinchilla").is_pinned
+    text = isoflop_study.prediction(view, [])
+    assert "**not pinned down** D_opt for N = 1.00B" in text and "is no prediction" in text
+    assert isoflop_study.lab_fit(view)["alpha"].point is None
+    assert "nan" not in text and "inf" not in json.dumps(codec.to_plain(isoflop_study.lab_fit(view)))
 
 
 def test_a_fit_without_the_joint_law_and_lost_draws_are_said(wide, tmp_path):
