@@ -70,7 +70,7 @@ def main(args: Args) -> int:
     if not args.models:
         raise UserError("which model? give a run (LAB/LADDER/runs/RUN), a lab or a Hugging Face folder; or --list")
     from homelab_scaling.evals.harness import Options
-    from homelab_scaling.evals.session import Wishes, as_json, evaluate
+    from homelab_scaling.evals.session import Wishes, as_json, evaluate, load_tasks
     from homelab_scaling.evals.sources import targets
     from homelab_scaling.evals.telling import telling
     from homelab_scaling.train.stop import StopWish
@@ -92,9 +92,12 @@ def main(args: Args) -> int:
     )
     at = int(args.at) if args.at is not None and args.at.isdecimal() else args.at
     found = targets(args.models, at=at, all_rows=args.all_rows, out=args.out)
+    loaded = load_tasks(wishes, _say)  # before Ctrl-C becomes a wish: downloads have no pieces to stop between
     is_ladder = len(args.models) == 1
     with StopWish() as wish, telling() as report:
-        result = evaluate(found, wishes, one_by_one=is_ladder, say=_say, report=report, stopped=lambda: wish.reason)
+        result = evaluate(
+            found, wishes, loaded, one_by_one=is_ladder, say=_say, report=report, stopped=lambda: wish.reason
+        )
     if args.json:
         print(codec.dumps(as_json(result)))
         return 0

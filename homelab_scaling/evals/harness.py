@@ -50,6 +50,14 @@ class Loaded:
     default_shots: int | None = None
     """Of ours, where the task says nothing."""
 
+    @cached_property
+    def own(self) -> tuple[tuple[int | None, int | None], ...]:
+        """(shots, most new tokens) that each part says itself; looked up before any model's are set."""
+        return tuple(
+            (part.get_config("num_fewshot"), (part.get_config("generation_kwargs") or {}).get("max_gen_toks"))
+            for part in self.parts
+        )
+
 
 class HarnessTask:
     """A task, or a group of tasks as one, for one model.
@@ -75,18 +83,18 @@ class HarnessTask:
         self.higher_is_better = bool(first.higher_is_better()[self._source]) and self.metric != "nats"
         self.filter = first._filters[0].name
         self.max_new_tokens: int | None = None
-        for part in self.parts:
-            self._configure(part, loaded.default_shots)
+        for part, (shots, new_tokens) in zip(self.parts, loaded.own, strict=True):
+            self._configure(part, shots, loaded.default_shots, new_tokens)
         self._lm: tuple[int, Any] | None = None
 
-    def _configure(self, part: Any, default_shots: int | None) -> None:
+    def _configure(self, part: Any, own: int | None, default: int | None, new_tokens: int | None) -> None:
         """Shots as lm-eval decides them; a cap on what is generated, so that the prompt keeps half of the context."""
-        own = part.get_config("num_fewshot")
-        wanted = self.options.shots if self.options.shots is not None else default_shots
-        if own != 0 or own is None:
-            part.set_config(key="num_fewshot", value=wanted if wanted is not None else (own or 0))
+        wanted = self.options.shots if self.options.shots is not None else default
+        if own == 0 or wanted is None:
+            wanted = own or 0
+        part.set_config(key="num_fewshot", value=wanted)
         if part.OUTPUT_TYPE == "generate_until":
-            asked = self.options.max_new_tokens or part.config.generation_kwargs.get("max_gen_toks") or MAX_NEW_TOKENS
+            asked = self.options.max_new_tokens or new_tokens or MAX_NEW_TOKENS
             self.max_new_tokens = max(1, min(asked, self.context_tokens // 2))
             part.set_config(key="generation_kwargs", value={"max_gen_toks": self.max_new_tokens}, update=True)
 
@@ -124,20 +132,19 @@ class HarnessTask:
 
     @cached_property
     def settings(self) -> dict[str, Setting]:
-        """Everything that changes the number, the prompts themselves by their hash."""
+        """Everything that changes the number, the questions themselves (prompts, choices, answers) by their hash."""
         from lm_eval import __version__
 
         part = self.parts[0]
         digest = hashlib.sha256()
         for doc_id, asked in self._requests.items():
-            for instance in asked.instances:
-                digest.update(repr((doc_id, instance.args)).encode())
+            digest.update(repr((doc_id, asked.doc, [instance.args for instance in asked.instances])).encode())
         found: dict[str, Setting] = {
             "harness": f"lm-eval {__version__}",
             "version": str(part.VERSION),
             "shots": self.shots,
             "limit": self.options.limit,
-            "prompts": digest.hexdigest()[:12],
+            "questions": digest.hexdigest()[:12],
         }
         if len(self.parts) > 1:
             found["parts"] = len(self.parts)
@@ -153,6 +160,10 @@ class HarnessTask:
 
     def documents(self) -> list[Document]:
         """Every item, up to the limit (of each task of a group), named by lm-eval's own number."""
+        return self._documents
+
+    @cached_property
+    def _documents(self) -> list[Document]:
         return [Document(doc_id=doc_id, text=_text_of(asked)) for doc_id, asked in self._requests.items()]
 
     def ask(self, model: Portable, documents: Sequence[Document]) -> list[Outcome]:

@@ -50,8 +50,15 @@ class Wishes:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise SpecError(f"{name} {value}: wants 1 or more")
-        if self.options.shots is not None and self.options.shots < 0:
-            raise SpecError(f"--shots {self.options.shots}: wants 0 or more")
+        others = {
+            "--shots": self.options.shots,
+            "--watts": self.watts,
+            "--usd-per-kwh": self.usd_per_kwh,
+            "--usd-per-hour": self.usd_per_hour,
+        }
+        for flag, given in others.items():
+            if given is not None and given < 0:
+                raise SpecError(f"{flag} {given:g}: wants 0 or more")
         if len(set(self.tasks)) < len(self.tasks):
             raise SpecError("--tasks names a task twice; name each once")
 
@@ -73,6 +80,7 @@ class Result:
 def evaluate(
     targets: Sequence[Target],
     wishes: Wishes,
+    loaded: Sequence[Loaded],
     *,
     one_by_one: bool,
     say: Say,
@@ -82,6 +90,7 @@ def evaluate(
     """Asks every model every task; what was answered before is not asked again.
 
     Args:
+        loaded: the tasks that are not our own, from `load_tasks`.
         one_by_one: each model is compared with the one before it (a ladder), not with the first.
         stopped: why to stop, as soon as there is a reason.
 
@@ -89,7 +98,6 @@ def evaluate(
         UserError: a task or a model is not there, or cannot be asked.
         Stopped: asked to stop; the same command goes on.
     """
-    loaded = load_tasks(wishes, say)
     models, folders = [], []
     for target in targets:
         if (why := stopped()) is not None:

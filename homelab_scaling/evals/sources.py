@@ -91,11 +91,7 @@ def _of_run(run: RunFolder, source: Path, at: int | str | None, out: Path | None
 def priced(
     money: Money, *, watts: float | None = None, usd_per_kwh: float | None = None, usd_per_hour: float | None = None
 ) -> Money:
-    """[money] with what was given on the command line.
-
-    Raises:
-        SpecError: a figure is negative.
-    """
+    """[money] with what was given on the command line."""
     given = {"watts": watts, "usd_per_kwh": usd_per_kwh, "usd_per_machine_hour": usd_per_hour}
     return replace(money, **{key: value for key, value in given.items() if value is not None})
 

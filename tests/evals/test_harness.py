@@ -144,11 +144,11 @@ def test_chance_settings_and_texts(tmp_path: Path, model: Any) -> None:
     text = task.documents()[1].text
     assert text.startswith(lines[1]["context"]) and text.endswith(lines[1]["choices"][lines[1]["answer"]])
     other = HarnessTask(loaded, Options(limit=5), context_tokens=CONTEXT)
-    assert len(other.documents()) == 5 and other.settings["prompts"] != task.settings["prompts"]
-    changed = [*lines[:-1], lines[-1] | {"context": "Another question"}]
-    (changed_task,) = Catalogue().load(str(write_jsonl(tmp_path / "c.jsonl", changed)))
-    again = HarnessTask(changed_task, Options(), context_tokens=CONTEXT)
-    assert again.settings["prompts"] != task.settings["prompts"], "another question, another key: nothing is reused"
+    assert len(other.documents()) == 5 and other.settings["questions"] != task.settings["questions"]
+    for change in ({"context": "Another question"}, {"answer": 1 - lines[-1]["answer"] % 2}):
+        changed = write_jsonl(tmp_path / "c.jsonl", [*lines[:-1], lines[-1] | change])
+        again = HarnessTask(Catalogue().load(str(changed))[0], Options(), context_tokens=CONTEXT)
+        assert again.settings["questions"] != task.settings["questions"], "what was asked before is not reused"
 
 
 def test_a_prompt_that_does_not_fit_is_said(tmp_path: Path, model: Any) -> None:
@@ -170,6 +170,10 @@ def test_an_answer_leaves_half_of_the_context_to_the_prompt(tmp_path: Path, mode
     task = HarnessTask(loaded, Options(max_new_tokens=10_000), context_tokens=CONTEXT)
     assert task.settings["max_new_tokens"] == CONTEXT // 2
     assert len(task.ask(model, task.documents()[:2])) == 2
+    longer = HarnessTask(loaded, Options(max_new_tokens=100), context_tokens=4 * CONTEXT)
+    assert longer.settings["max_new_tokens"] == 100
+    own = HarnessTask(loaded, Options(), context_tokens=4 * CONTEXT)
+    assert own.settings["max_new_tokens"] == 32, "the task's own, whatever models before it were given"
 
 
 # ----------------------------------------------------------------------------------------------------------- YAML tasks
