@@ -60,18 +60,17 @@ def plan_with_seeds(ladder: Ladder, lab: Path, planner: Callable[[Ladder], Plan]
 
 
 def repeats_in(lab: Path, plan: Plan) -> list[tuple[RunSpec, RunFolder]]:
-    """The runs of a lab that differ from a planned one by the seed alone, which the plan does not have."""
-    planned = {spec.run_id for spec in plan.runs}
+    """The runs of a lab that differ from a planned one by the seed alone, which is none of the plan's."""
     wanted = {(spec.rung, but_for_seed(spec.science)) for spec in plan.runs}
     found = []
     for folder in run_folders(lab) if (lab / "runs").is_dir() else ():
-        if folder.path.name in planned or not folder.spec.exists():
+        if not folder.spec.exists():
             continue
         try:
             spec = folder.read_spec()
         except SpecError:
             continue  # read_runs lists it among the excluded
-        if (spec.rung, but_for_seed(spec.science)) in wanted:
+        if spec.science.seed not in plan.seeds and (spec.rung, but_for_seed(spec.science)) in wanted:
             found.append((spec, folder))
     return found
 

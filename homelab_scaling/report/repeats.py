@@ -25,6 +25,8 @@ MIN_SIZES = 3
 """For an exponent seed by seed."""
 SAME_ORDER_P = 0.01
 """Below this, what seeds do is the same for all rungs."""
+UNLIKE_P = 0.01
+"""Below this, shared out over rungs, seeds move one rung more than the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +255,25 @@ class Repeats:
         p_value = float(fisher.sf(of_seed / rest, n_seeds - 1, (n_rungs - 1) * (n_seeds - 1)))
         shared = max(0.0, (of_seed - rest) / n_rungs)
         return shared / (shared + rest), p_value
+
+    @cached_property
+    def unlike(self) -> tuple[str, Spread, Spread] | None:
+        """The rung that seeds move most, its spread and that of all others; None where chance explains the difference.
+
+        By Fisher's F of the largest against the rest, the level shared out over the rungs that could have been it.
+        """
+        by_rung = {rung: [c for c in self.repeated if c.rung == rung] for rung in self._rungs}
+        spreads = {rung: found for rung, cells in by_rung.items() if (found := pooled(cells)) is not None}
+        if len(spreads) < 2:
+            return None
+        most = max(spreads, key=lambda rung: spreads[rung].sd)
+        rest = pooled([cell for cell in self.repeated if cell.rung != most])
+        if rest is None:
+            return None
+        from scipy.stats import f as fisher
+
+        p_value = float(fisher.sf((spreads[most].sd / rest.sd) ** 2, spreads[most].dof, rest.dof))
+        return (most, spreads[most], rest) if p_value < UNLIKE_P / len(spreads) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts

@@ -43,7 +43,8 @@ def seeds(view: LabView) -> list[Block]:
     ]
     if effects:
         blocks.append(_effect_table(_shown(effects), spread))
-    said = [*_small(effects), *_residual(view, spread), *_exponent(view, repeats), *_common(repeats), *_clusters(view)]
+    said = [*_small(effects), *_unlike(repeats), *_residual(view, spread), *_exponent(view, repeats)]
+    said += [*_common(repeats), *_clusters(view)]
     return [*blocks, Bullets(items=tuple(map(sentence, said)))] if said else blocks
 
 
@@ -253,6 +254,17 @@ def _exponent(view: LabView, repeats: Repeats) -> list[str]:
     if theirs is not None and sd > 0:
         beside += f"; the published {theirs:g} is {abs(mean - theirs) / sd:.1f} such SDs from their mean"
     return [f"the exponent of L(N) at D = {short(tokens)} seed by seed is {each} (SD {sd:.4f}){beside}"]
+
+
+def _unlike(repeats: Repeats) -> list[str]:
+    """Whether one rung spreads more than chance lets it."""
+    if repeats.unlike is None:
+        return []
+    rung, own, rest = repeats.unlike
+    return [
+        f"seeds move {rung} by {own.sd:.4f} nats and the other rungs by {rest.sd:.4f} (standard deviations), which is "
+        "not chance: its rate may be too high, and the pooled number is that of neither"
+    ]
 
 
 def _common(repeats: Repeats) -> list[str]:

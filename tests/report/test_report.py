@@ -33,7 +33,7 @@ from homelab_scaling.report.words import duration, money
 from homelab_scaling.runs import LossPoint
 
 # A finished lab has nothing to check, and this one measured no batch (test_batch.py).
-NAMES = {kind.draw.__name__ for kind in FIGURES if kind.section == "figures"} - {"on_the_law"}
+NAMES = {kind.draw.__name__ for kind in FIGURES if kind.section in ("answer", "figures")} - {"on_the_law"}
 
 
 def fit_lab(lab, n_bootstrap=100, laws=()):
@@ -102,6 +102,7 @@ def test_full_lab_tells_the_law_first(full):
         "What was run",
         "The laws",
         "Evidence",
+        "What the seed alone does",
         "Figures",
         "What is weak",
         "Predictions",

@@ -197,6 +197,17 @@ def test_what_all_rungs_have_in_common_is_told_when_it_is_there(view: LabView) -
     assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.05, abs=0.03)
 
 
+def test_a_rung_that_seeds_move_more_than_the_others_is_named(view: LabView) -> None:
+    rng = np.random.default_rng(8)
+    calm = [Repeats(world(view, rng)).unlike for _ in range(300)]
+    assert np.mean([one is not None for one in calm]) < 0.03
+    wild = world(view, rng)
+    wild = with_losses(wild, lambda r: r.loss_nats + (0.3 * r.seed if r.rung == "127k" else 0.0))
+    rung, own, rest = Repeats(wild).unlike
+    assert rung == "127k" and own.sd > 20 * rest.sd and (own.dof, rest.dof) == (2, 4)
+    assert "Seeds move 127k by" in text_of(wild)
+
+
 def test_residuals_are_held_against_seeds(synthetic) -> None:
     for rung in ("67k", "127k", "289k", "545k", "1072k"):
         for seed in range(2):
