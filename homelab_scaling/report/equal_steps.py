@@ -36,10 +36,11 @@ class Way:
         """Of log loss on log compute, by least squares."""
         return _slope(self.flops, self.losses)
 
-    def halves(self) -> tuple[float, float]:
-        """The slopes of the earlier and of the later half of the points; they share the middle one."""
-        half = (len(self.losses) + 1) // 2
-        return _slope(self.flops[:half], self.losses[:half]), _slope(self.flops[-half:], self.losses[-half:])
+    def reach(self) -> tuple[float, float]:
+        """The steepest and the flattest slope of any stretch of half the points."""
+        n, half = len(self.losses), (len(self.losses) + 1) // 2
+        slopes = [_slope(self.flops[i : i + half], self.losses[i : i + half]) for i in range(n - half + 1)]
+        return min(slopes), max(slopes)
 
     def loss_at(self, flops: float) -> float | None:
         """Read between the points; None outside them."""
@@ -58,16 +59,11 @@ class ModelSlope:
     """Mean over the seeds."""
     ci95: tuple[float, float] | None
     """Of that mean, from the spread of the seeds; None with one seed, which has no spread."""
-    early: float
-    late: float
-    """The same over the first and the second half of the points."""
+    reach: tuple[float, float]
+    """Of any stretch of half the points, the steepest and the flattest, mean over the seeds: how far the slope depends
+    on where one looks. No interval of confidence."""
     n_points: int
     n_seeds: int
-
-    @property
-    def reach(self) -> tuple[float, float]:
-        """Between the slopes of the halves: how far the slope depends on where one looks. No interval of confidence."""
-        return min(self.early, self.late), max(self.early, self.late)
 
 
 def _slope(flops: Array, losses: Array) -> float:
@@ -104,7 +100,7 @@ def model_slopes(view: LabView) -> list[ModelSlope]:
 
 def _of_rung(rung: str, n_params: int, ways: Sequence[Way]) -> ModelSlope:
     values = np.array([way.slope() for way in ways])
-    halves = np.array([way.halves() for way in ways]).mean(axis=0)
+    steepest, flattest = np.array([way.reach() for way in ways]).mean(axis=0)
     mean, ci95 = float(values.mean()), None
     if len(values) > 1:
         from scipy.special import stdtrit
@@ -116,8 +112,7 @@ def _of_rung(rung: str, n_params: int, ways: Sequence[Way]) -> ModelSlope:
         n_params=n_params,
         value=mean,
         ci95=ci95,
-        early=float(halves[0]),
-        late=float(halves[1]),
+        reach=(float(steepest), float(flattest)),
         n_points=min(len(way.losses) for way in ways),
         n_seeds=len(ways),
     )
@@ -188,8 +183,7 @@ def _table(view: LabView, n_steps: int, slopes: dict[str, ModelSlope]) -> Grid:
                 f"x {brief(flops / spent)}",
                 brief(_end_tokens(run) / run.n_params),
                 signed(slope.value) + (f" [{signed(slope.ci95[0])}, {signed(slope.ci95[1])}]" if slope.ci95 else ""),
-                signed(slope.early),
-                signed(slope.late),
+                f"{signed(slope.reach[0])} to {signed(slope.reach[1])}",
                 "–" if then is None else f"{then:.3f}",
             )
         )
@@ -201,15 +195,15 @@ def _table(view: LabView, n_steps: int, slopes: dict[str, ModelSlope]) -> Grid:
     )
     return Grid(
         head=(
-            "rung", "N", "loss ± se", "FLOPs", "of the least", "tokens/N", "slope", "first half", "second half",
+            "rung", "N", "loss ± se", "FLOPs", "of the least", "tokens/N", "slope", "of half the points",
             f"loss at {flops_text(common)}",
         ),
         rows=tuple(lines),
         left=frozenset({"rung"}),
         caption=f"After {n_steps:,} steps each. The slope is that of the held-out loss against the model's own compute "
-        f"in log-log, over all points after the warm-up, {interval}; the same over either half of the points says how "
-        f"far it depends on where one looks. Last, each curve (of the small held-out set) at the FLOPs where that "
-        f"of {least.rung} ends.",
+        f"in log-log, over all points after the warm-up, {interval}; beside it the steepest and the flattest of any "
+        "stretch of half the points: how far it depends on where one looks. Last, each curve (of the small held-out "
+        f"set) at the FLOPs where that of {least.rung} ends.",
     )  # fmt: skip
 
 
@@ -288,9 +282,8 @@ def _on_the_way(view: LabView) -> str:
         half = listed(sorted({f"{100 * (1 + s.lr_final_frac) / 2:.0f} %" for s in schedules}))
         return (
             f"A point on the way is not a shorter run: halfway a cosine still trains at {half} of its peak rate, so "
-            "the curve lies above what a run of that length would reach, and its slope is steepened towards the end by "
-            "the falling rate. Only the last point of each curve is at its final rate; one horizon a size says nothing "
-            "of the exponent of tokens."
+            "the curve lies above what a run of that length would reach, and part of its fall towards the end is the "
+            "falling rate. Only a row is at its final rate; one horizon a size says nothing of the exponent of tokens."
         )
     return (
         "A point on the way is not a shorter run: before its decay a trunk trains at the full rate, so the curve lies "

@@ -161,8 +161,9 @@ FIGURES: tuple[Kind, ...] = (
         title="Every size for the same steps",
         caption="Held-out loss of each run on the way, after its warm-up (the small held-out set); ringed, with two "
         "standard errors, its row (the full set). On the right the same against compute in log-log: solid lines are "
-        "least squares through one model's own points on the way, dashed red is a published slope, whose height was "
-        "not published. Points that leave their line mean that the slope depends on where one looks.",
+        "least squares through one model's own points on the way, dashed red is a published slope, set through the "
+        "model it is of, or else the nearest. Points that leave their line mean that the slope depends on where one "
+        "looks.",
         section="steps",
     ),
     Kind(

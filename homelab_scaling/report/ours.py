@@ -101,7 +101,7 @@ def _slope_c(view: LabView, figure: PublishedFigure) -> Ours:
         f"least squares through {one.n_points} held-out losses of each run after its warm-up"
         + (", before any decay" if constant else "")
         + (f"; 95 % over {one.n_seeds} seeds" if one.ci95 else "; one seed, so no interval")
-        + f"; {one.rung}: {signed(one.early)} over the first half, {signed(one.late)} over the second"
+        + f"; {one.rung}: {signed(one.reach[0])} to {signed(one.reach[1])} over stretches of half its points"
     )
     return Ours(value=one.value, ci95=one.ci95, range_of=one.reach, text=listing, how=how)
 

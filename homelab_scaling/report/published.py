@@ -146,7 +146,7 @@ def _verdict(figure: PublishedFigure, kind: Kind, ours: Ours) -> str:
     if ours.range_of is not None:
         low, high = ours.range_of
         inside = "lies between" if low <= theirs <= high else "does not lie between"
-        return f"{kind.form(theirs)} {inside} the slopes of its halves; no interval"
+        return f"{kind.form(theirs)} {inside} the slopes of stretches of half its points; no interval"
     return _without_interval(figure, value)
 
 

@@ -1,5 +1,6 @@
 """The figure of a ladder of equal steps: held-out loss on the way, against steps and against compute."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def equal_steps_curves(plt: Any, view: LabView, theme: Theme) -> Any:
     rows = [row for run, _ in ways for row in run.rows]
     flops = np.concatenate([*(way.flops for _, way in ways), [row.flops for row in rows]])
     losses = np.concatenate([*(way.losses for _, way in ways), [row.loss_nats for row in rows]])
-    _published(right, view, flops, losses)
+    _published(right, view, ways)
     left.set_xlim(0, 1.02 * n_steps)
     left.margins(y=0.06)
     left.set_xlabel("Optimizer step")
@@ -85,13 +86,15 @@ def _log_log(axes: Any, flops: Any, losses: Any) -> None:
     axes.legend(loc="lower left", fontsize=8.5, borderaxespad=0.4)
 
 
-def _published(axes: Any, view: LabView, flops: Any, losses: Any) -> None:
-    """The published slopes, through the middle of our points: their heights were not published."""
-    figures = view.reference.figures if view.reference else ()
-    for slope in (figure for figure in figures if figure.of == "slope_c"):
-        x = np.geomspace(float(flops.min()), float(flops.max()), 2)
-        middle = np.exp(np.log(flops).mean())
-        y = np.exp(np.log(losses).mean()) * (x / middle) ** slope.value
+def _published(axes: Any, view: LabView, ways: Sequence[tuple[RunView, Way]]) -> None:
+    """The published slopes through the middle of the model they are of, else of the one that comes nearest."""
+    for slope in (figure for figure in view.reference.figures if figure.of == "slope_c") if view.reference else ():
+        named = [way for run, way in ways if run.rung == slope.rung]
+        if slope.rung is not None and not named:
+            continue
+        way = named[0] if named else min((w for _, w in ways), key=lambda w: abs(w.slope() - slope.value))
+        x = np.log(way.flops[[0, -1]]) + np.array([-0.25, 0.25])
+        y = np.log(way.losses).mean() + slope.value * (x - np.log(way.flops).mean())
         whose = f" ({slope.rung})" if slope.rung else ""
         label = f"published: {signed(slope.value)}{whose}"
-        axes.plot(x, y, color=PUBLISHED, lw=1.1, ls=(0, (5, 3)), zorder=2, label=label)
+        axes.plot(np.exp(x), np.exp(y), color=PUBLISHED, lw=1.2, ls=(0, (5, 3)), zorder=5, label=label)
