@@ -5,7 +5,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,7 +107,7 @@ def _read_csv(path: Path, selection: Selection) -> PointTable:
         with open(path, encoding="utf-8-sig", newline="") as file:
             separator = _separator(file.readline())
             file.seek(0)
-            return _parse_csv(path, _cells(file, separator), selection)
+            return _parse_csv(path, csv.reader(file, delimiter=separator), selection, decimal_comma=separator == ";")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file or lab; give a points CSV or a lab's folder") from None
     except PermissionError:
@@ -123,13 +123,15 @@ def _separator(header: str) -> str:
     return next((mark for mark in ";\t" if mark in header and "," not in header), ",")
 
 
-def _cells(file: Iterable[str], separator: str) -> Iterator[list[str]]:
-    """The rows; spreadsheets that separate by semicolons write 3,14."""
-    for row in csv.reader(file, delimiter=separator):
-        yield [_DECIMAL.sub(r"\1.\2", cell) for cell in row] if separator == ";" else row
+def _point_for_comma(column: str, cell: str) -> str:
+    """3,14 as 3.14; not in a count, whose comma would be one of thousands."""
+    is_count = column in WHOLE or column in ("n_params", "n_tokens")
+    return cell if is_count else _DECIMAL.sub(r"\1.\2", cell)
 
 
-def _parse_csv(path: Path, reader: Iterator[list[str]], selection: Selection) -> PointTable:
+def _parse_csv(
+    path: Path, reader: Iterator[list[str]], selection: Selection, *, decimal_comma: bool = False
+) -> PointTable:
     header = [name.strip() for name in next(reader, [])]
     if not any(header):
         raise DataError(f"{path}: the file is empty; wants a header line with n_params,n_tokens,loss_nats")
@@ -151,7 +153,10 @@ def _parse_csv(path: Path, reader: Iterator[list[str]], selection: Selection) ->
                 f"{path}: row {number} is one more than {MAX_ROWS:,} rows; a law wants one row per finished run, "
                 "so drop the checkpoints or choose rows with --where"
             )
-        points.append(_point(path, number, {name: cells[i].strip() for name, i in at.items()}, derive_tokens))
+        row = {name: cells[i].strip() for name, i in at.items()}
+        if decimal_comma:
+            row = {name: _point_for_comma(name, cell) for name, cell in row.items()}
+        points.append(_point(path, number, row, derive_tokens))
     if not points:
         chosen = " and ".join(f"{c}={v}" for c, v in selection.where.items())
         raise DataError(

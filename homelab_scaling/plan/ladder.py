@@ -86,9 +86,14 @@ def find_corpus(ladder: Ladder, folder: Path) -> CorpusManifest | None:
     if path.exists():
         return codec.read_json(path, CorpusManifest)
     if ladder.data.shards is not None:
+        if any(folder.glob("*.bin")):
+            raise SpecError(
+                f"data.shards = {ladder.data.shards!r} holds token files without a manifest.json; run `homelab corpus "
+                f"{folder} --tokenizer gpt2 --out DIR` (or what they were cut with) and say data.shards = DIR"
+            )
         raise SpecError(
-            f"data.shards = {ladder.data.shards!r}, but {path} is not there; run `homelab corpus` on that folder or "
-            "remove the line to build shards from data.sources"
+            f"data.shards = {ladder.data.shards!r}, but {path} is not there; make it with `homelab corpus SOURCE --out "
+            f"{folder}`, or remove the line to build shards from data.sources"
         )
     return None
 

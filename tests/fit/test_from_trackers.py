@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from planted_runs import (
     write_records,
 )
 
+from homelab_scaling.errors import DataError
 from homelab_scaling.fit.from_trackers.collect import Reading, collect
 from homelab_scaling.fit.from_trackers.guess import count_gpt2, looks_like_loss
 from homelab_scaling.fit.from_trackers.tensorboard_runs import read_tensorboard
@@ -139,7 +141,7 @@ def test_our_own_folders_give_a_point_per_decay(tmp_path: Path) -> None:
     assert [(p.row_id, p.n_tokens) for p in table.points] == [("a-1@2560", 2560), ("a-1@5120", 5120), ("c-3", 3840)]
     assert table.points[0].loss_nats == pytest.approx(3.1) and table.points[0].loss_se_nats == pytest.approx(0.01)
     assert {p.run_id for p in table.points[:2]} == {"a-1"} and all(p.decayed for p in table.points)
-    assert reasons(table) == {"b-2": "no full validation at the end of a decay yet"}
+    assert reasons(table) == {"b-2": "no full validation at the end of a decay; its curves are train/loss"}
 
 
 def test_our_folders_from_before_hyperparameters_have_their_spec_beside_them(tmp_path: Path) -> None:
@@ -436,6 +438,49 @@ def test_wandb_runs_that_were_resumed_killed_or_torn(tmp_path: Path) -> None:
     assert said["d"].startswith("W&B's file says nothing of its end") and "cannot be read" in said["run-e"]
     kept = collect("W&B", list(runs.values()), Reading(keep_unfinished=True))
     assert [p.row_id for p in kept.points] == ["a", "b", "c", "d"]
+
+
+class Remote:
+    """A run as W&B's Api shows it; knows which curves were asked for."""
+
+    def __init__(self, name: str, state: str, loss: float) -> None:
+        self.name, self.id, self.state, self.project = name, f"id{loss}", state, "owt"
+        self.config = {**nanogpt_config(2, 128), "nested": {"a": 1}}
+        self.summary = {"val/loss": "NaN", "iter": 400, "_runtime": 9, "gradients": {"min": 0.1}}
+        self.loss, self.asked = loss, []
+
+    def scan_history(self, keys: list[str]) -> list[dict[str, Any]]:
+        self.asked.append(keys[0])
+        rows = [{"_step": i, "iter": 100 * i, "val/loss": self.loss + 4 - i} for i in range(5)]
+        return [{key: row[key] for key in keys} for row in rows]
+
+
+def test_a_project_on_wandb_s_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for its Api, since no test has a network."""
+    from homelab_scaling.fit.from_trackers import wandb_runs
+
+    served = [Remote("a", "finished", 3.0), Remote("a", "finished", 3.5), Remote("b", "crashed", 3.25)]
+
+    class Api:
+        def __init__(self, timeout: int) -> None: ...
+
+        def runs(self, project: str, order: str) -> list[Remote]:
+            if project != "me/owt":
+                raise ValueError(f"Could not find project <Project {project}>\nmore")
+            return served
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(Api=Api))
+    monkeypatch.setattr(wandb_runs, "why_silent", lambda url: None)
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    table = collect("W&B", wandb_runs.read_wandb("me/owt"), Reading())
+    assert [(p.row_id, p.loss_nats, p.n_tokens) for p in table.points] == [
+        ("a (id3.0)", 3.0, 400 * 8 * 12 * 256),
+        ("a (id3.5)", 3.5, 400 * 8 * 12 * 256),
+    ]
+    assert reasons(table) == {"b": "W&B says crashed: it has not finished (--keep-unfinished takes it)"}
+    assert served[0].asked == ["val/loss", "iter"] and served[2].asked == [], "only what is needed is asked for"
+    with pytest.raises(DataError, match=r"me/gone: W&B refuses \(Could not find project <Project me/gone>\); check"):
+        wandb_runs.read_wandb("me/gone")
 
 
 @pytest.mark.parametrize(

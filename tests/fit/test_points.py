@@ -156,3 +156,50 @@ def test_json_is_one_document_and_files_only_where_asked(tmp_path: Path, capsys)
     shown = capsys.readouterr()
     assert "power-n" in shown.out and "95 % profile" in shown.out
     assert (tmp_path / "fit" / "fit.json").exists()
+
+
+# --------------------------------------------------------------------------------------------- files of other tools
+
+WANDB_TABLE = (
+    '\ufeff"Name","State","Created","num_params","tokens - total","gpt - val/loss"\n'
+    '"a, first","finished","2026-01-01T00:00:00Z","1000000","20000000","4.1"\n'
+    '"b","crashed","2026-01-01T00:00:00Z","2000000","20000000",""\n'
+    '"c","finished","2026-01-01T00:00:00Z","4000000","40000000","3.6"\n'
+)
+NAMES = {"row_id": "Name", "n_params": "num_params", "n_tokens": "tokens - total", "loss_nats": "gpt - val/loss"}
+
+
+def test_a_table_of_runs_as_wandb_exports_it(tmp_path: Path):
+    (tmp_path / "export.csv").write_text(WANDB_TABLE, encoding="utf-8")
+    table = read_points(tmp_path / "export.csv", Selection(columns=NAMES, where={"State": "finished"}))
+    assert [(p.row_id, p.n_params, p.n_tokens, p.loss_nats) for p in table.points] == [
+        ("a, first", 1e6, 2e7, 4.1),
+        ("c", 4e6, 4e7, 3.6),
+    ]
+    with pytest.raises(DataError, match="row 3, column loss_nats is empty"):
+        read_points(tmp_path / "export.csv", Selection(columns=NAMES))
+
+
+def test_a_chart_as_wandb_exports_it_is_told_from_a_table(tmp_path: Path):
+    header = '"Step","run-1 - val/loss","run-1 - val/loss__MIN","run-1 - val/loss__MAX"\n'
+    (tmp_path / "chart.csv").write_text(header + '"10","4.1","4.1","4.1"\n')
+    with pytest.raises(
+        DataError, match="this is a chart as W&B exports it, a column per run; export the table of runs"
+    ):
+        read_points(tmp_path / "chart.csv")
+
+
+@pytest.mark.parametrize(("separator", "decimal"), [(";", ","), (";", "."), ("\t", ".")])
+def test_what_spreadsheets_separate_by(tmp_path: Path, separator: str, decimal: str):
+    rows = [["n_params", "n_tokens", "loss_nats"], ["1e6", "2e7", "4.125"], ["2000000", "20000000", "3.5"]]
+    text = "\n".join(separator.join(cell.replace(".", decimal) for cell in row) for row in rows)
+    (tmp_path / "points.csv").write_text(text)
+    points = read_points(tmp_path / "points.csv").points
+    assert [(p.n_params, p.n_tokens, p.loss_nats) for p in points] == [(1e6, 2e7, 4.125), (2e6, 2e7, 3.5)]
+
+
+@pytest.mark.parametrize("size", ["1,000,000", "124,000", "1,5e6"])
+def test_commas_of_thousands_are_no_decimals(tmp_path: Path, size: str):
+    (tmp_path / "points.csv").write_text(f"n_params;n_tokens;loss_nats\n{size};2e7;4,1\n2e6;2e7;3,9\n")
+    with pytest.raises(DataError, match=f"row 2, column n_params is '{size}', wants a number"):
+        read_points(tmp_path / "points.csv")

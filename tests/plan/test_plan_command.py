@@ -226,6 +226,12 @@ BAD: list[tuple[str, Callable[[Path], None], tuple[str, ...], str]] = [
     ("no cards of a kind", _nothing, (*MINE, "--card", "RTX 4080", "--gpus", "0"), "wants 1 or more"),
     ("cards that are not here", _nothing, (*MINE, "--gpus", "9"), "--card"),
     ("negative watts", _nothing, (*MINE, "--watts=-5"), "positive"),
+    (
+        "shards without a manifest",
+        lambda here: (_ladder("[data]", '[data]\nshards = "raw"')(here), _bytes("raw/train.bin", b"12")(here)),
+        MINE,
+        "holds token files without a manifest.json; run `homelab corpus",
+    ),
     ("shards that are not there", _ladder("[data]", '[data]\nshards = "gone"'), MINE, "homelab corpus"),
     ("torn manifest", _bytes("lab/mine/shards/manifest.json", b'{"tokenizer": '), MINE, "manifest.json"),
     ("foreign manifest", _bytes("lab/mine/shards/manifest.json", b'{"tokens": 5}'), MINE, "manifest.json"),

@@ -141,3 +141,40 @@ def test_a_stopped_run_is_unfinished_and_a_tracker_added_later_gets_the_beginnin
         assert run.unfinished is None
         check_trunk(name, run, folder)
     check_stores(lab, spec, folder)
+
+
+def _train_with_hugging_face(top: str) -> None:
+    """Two tiny GPT-2s by Hugging Face's Trainer with its own TensorBoard callback."""
+    import warnings
+
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    warnings.simplefilter("ignore")
+    rows = [{"input_ids": (x := torch.arange(i, i + 32) % 100), "labels": x} for i in range(16)]
+    for width in (16, 32):
+        os.environ["TENSORBOARD_LOGGING_DIR"] = f"{top}/logs/w{width}"
+        config = GPT2Config(n_layer=1, n_embd=width, n_head=2, n_positions=32, vocab_size=100, bos_token_id=1,
+                            eos_token_id=1)  # fmt: skip
+        model = GPT2LMHeadModel(config)
+        args = TrainingArguments(
+            output_dir=f"{top}/out", max_steps=4, per_device_train_batch_size=8, eval_strategy="steps", eval_steps=2,
+            logging_steps=1, report_to=["tensorboard"], use_cpu=True, save_strategy="no", disable_tqdm=True,
+            include_num_input_tokens_seen="all",
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        said = {"n_params": model.num_parameters(), "n_tokens": trainer.state.num_input_tokens_seen}
+        said["loss_nats"] = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line][-1]
+        codec.write_json(Path(top) / f"w{width}.json", said)
+
+
+@pytest.mark.slow
+def test_runs_of_hugging_face_s_trainer_as_they_are(tmp_path: Path) -> None:
+    assert in_own_process(_train_with_hugging_face, str(tmp_path)) == 0
+    table = collect("here", readers()["tensorboard"](tmp_path / "logs"), Reading())
+    assert [p.row_id for p in table.points] == ["w16", "w32"] and not table.excluded
+    for point in table.points:
+        said = codec.read_plain_json(tmp_path / f"{point.row_id}.json")
+        assert (point.n_params, point.n_tokens) == (said["n_params"], said["n_tokens"]) and point.n_tokens == 1024
+        assert point.loss_nats == pytest.approx(said["loss_nats"], rel=1e-6)

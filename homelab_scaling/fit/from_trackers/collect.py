@@ -20,7 +20,7 @@ SAME_NAME = ("seed", "data_id", "family", "schedule", "n_tokens_unique")
 """Columns that a configuration may hold under our own name. Not `n_head`, which means heads everywhere else."""
 COUNTED = ("n_body", "n_head", "n_embed", "n_pos", "flops")
 BY_NAME = "name:"
-SHOWN_TAGS = 16
+SHOWN_TAGS = 12
 JOINABLE = tuple(f for f in FIELDS if f not in ("row_id", "run_id", "loss_nats"))
 
 
@@ -194,7 +194,7 @@ def _our_rows(run: TrackedRun) -> Iterator[tuple[_Found, int | None]]:
     """Rows of a run of our own: each decay's full validation; a cosine run's one."""
     tags = sorted((tag for tag in run.tags if guess.OURS.fullmatch(tag)), key=lambda t: (len(t), t))
     if not tags:
-        raise _NoPoint("no full validation at the end of a decay yet")
+        raise _NoPoint(f"no full validation at the end of a decay; its curves are {_some(sorted(run.tags))}")
     for tag in tags:
         match = guess.OURS.fullmatch(tag)
         picked = run.read(tag).pick("last")

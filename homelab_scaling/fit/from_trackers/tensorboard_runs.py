@@ -73,7 +73,7 @@ def _read_home(home: Path, top: Path) -> TrackedRun:
         tags=tuple(curves),
         read=curves.__getitem__,
         facts={**facts, "run": name},
-        aliases=tuple({plain, home.resolve().name} - {name}),
+        aliases=tuple(dict.fromkeys(other for other in (plain, home.resolve().name) if other != name)),
     )
 
 
