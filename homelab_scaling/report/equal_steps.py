@@ -195,7 +195,7 @@ def _table(view: LabView, n_steps: int, slopes: dict[str, ModelSlope]) -> Grid:
     )
     return Grid(
         head=(
-            "rung", "N", "loss ± se", "FLOPs", "of the least", "tokens/N", "slope", "of half the points",
+            "rung", "N", "loss ± se", "FLOPs", "of the least", "tokens/N", "slope", "of half its points",
             f"loss at {flops_text(common)}",
         ),
         rows=tuple(lines),

@@ -36,6 +36,8 @@ class Ours:
     """What it depends on how one looks, where there is no interval."""
     text: str | None = None
     """Instead of the value's own."""
+    nearest: str | None = None
+    """The rung that the value is of, where it was chosen among several because it comes nearest."""
 
 
 # ------------------------------------------------------------------------------------------------------------- the laws
@@ -103,7 +105,14 @@ def _slope_c(view: LabView, figure: PublishedFigure) -> Ours:
         + (f"; 95 % over {one.n_seeds} seeds" if one.ci95 else "; one seed, so no interval")
         + f"; {one.rung}: {signed(one.reach[0])} to {signed(one.reach[1])} over stretches of half its points"
     )
-    return Ours(value=one.value, ci95=one.ci95, range_of=one.reach, text=listing, how=how)
+    return Ours(
+        value=one.value,
+        ci95=one.ci95,
+        range_of=one.reach,
+        text=listing,
+        nearest=None if figure.rung or len(found) < 2 else one.rung,
+        how=how,
+    )
 
 
 def _slope_text(slope: ModelSlope) -> str:

@@ -119,7 +119,7 @@ def _why(figure: PublishedFigure, kind: Kind, ours: Ours, other: dict[str, str])
     """The verdict on the two numbers, and which of the differences can have moved ours."""
     if ours.value is None:
         return "ours is not known" if ours.text is None else "ours is not known as a whole"
-    said = _verdict(figure, kind, ours)
+    said = (f"{ours.nearest} comes nearest: " if ours.nearest else "") + _verdict(figure, kind, ours)
     if figure.of == "exponent_n":
         said += f"; {_kaplan(ours)}"
     causes = [name for name in kind.moved_by if name in other]

@@ -210,6 +210,7 @@ def test_a_slope_of_an_unnamed_model_is_set_beside_all(three) -> None:
     text, cells = beside(three.lab, -0.136)
     assert "Which model the slope of −0.136 is of was not said." in text
     assert cells[1:3] == ("−0.136", "67k −0.2, 289k −0.136, 1072k −0.11")
+    assert cells[4].startswith("289k comes nearest: −0.136 ")
     assert (
         "289k: −0.136 to −0.136 over stretches of half its points" in cells[3]
         and "one seed, so no interval" in cells[3]
