@@ -15,6 +15,7 @@ from homelab_scaling.plan.parts import Plan
 from homelab_scaling.runs import RunFolder, run_folders
 from homelab_scaling.specs import RunSpec, ScienceSpec
 
+MAX_SEEDS = 1000
 NAMED_RUNS = 3
 """So many run folders a message names."""
 
@@ -23,10 +24,10 @@ def with_seeds(ladder: Ladder, n_seeds: int) -> Ladder:
     """The ladder with so many seeds: the first of its own, then the smallest numbers that it does not have.
 
     Raises:
-        SpecError: fewer than one.
+        SpecError: fewer than one, or more than anybody trains.
     """
-    if n_seeds < 1:
-        raise SpecError(f"--seeds {n_seeds}: wants how many seeds each rung is trained with, 1 or more")
+    if not 1 <= n_seeds <= MAX_SEEDS:
+        raise SpecError(f"--seeds {n_seeds}: wants how many seeds each rung is trained with, 1 to {MAX_SEEDS}")
     fresh = (seed for seed in range(n_seeds + len(ladder.seeds)) if seed not in ladder.seeds)
     more = [next(fresh) for _ in range(n_seeds - len(ladder.seeds))]
     return replace(ladder, seeds=(*ladder.seeds[:n_seeds], *more))
