@@ -8,6 +8,7 @@ from homelab_scaling.specs import RunSpec
 def describe_run(spec: RunSpec) -> dict[str, str | int | float | bool]:
     """What a tracker is told of a run's configuration, under the names that `homelab fit --from-...` looks for."""
     science, shape = spec.science, spec.science.shape
+    start = {} if science.start is None else {"start": science.start}
     return {
         "run_id": spec.run_id,
         "ladder": spec.ladder,
@@ -29,4 +30,5 @@ def describe_run(spec: RunSpec) -> dict[str, str | int | float | bool]:
         "optimizer": science.optim.name,
         "precision": science.precision,
         "seed": science.seed,
+        **start,
     }

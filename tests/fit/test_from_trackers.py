@@ -123,6 +123,7 @@ def test_part_of_the_runs_counted_leaves_one_convention_of_compute(tmp_path: Pat
 
 def test_our_own_folders_give_a_point_per_decay(tmp_path: Path) -> None:
     facts = {"run_id": "a-1", "n_params": 5000, "data_id": "t", "family": "gpt2", "schedule": "wsd", "seed": 3}
+    begun = {"start": "hf:gpt2"}
     curves = {
         "train/loss": [(i, 3.0) for i in range(9)],
         "train-val-curve/loss": [(4, 3.3), (8, 3.2)],
@@ -135,12 +136,13 @@ def test_our_own_folders_give_a_point_per_decay(tmp_path: Path) -> None:
     plant_events(
         tmp_path / "lab/runs/c-3/tensorboard/lab",
         cosine,
-        hparams={**facts, "run_id": "c-3", "schedule": "cosine", "batch_tokens_global": 128},
+        hparams={**facts, **begun, "run_id": "c-3", "schedule": "cosine", "batch_tokens_global": 128},
     )
     table = taken(tmp_path / "lab")
     assert [(p.row_id, p.n_tokens) for p in table.points] == [("a-1@2560", 2560), ("a-1@5120", 5120), ("c-3", 3840)]
     assert table.points[0].loss_nats == pytest.approx(3.1) and table.points[0].loss_se_nats == pytest.approx(0.01)
     assert {p.run_id for p in table.points[:2]} == {"a-1"} and all(p.decayed for p in table.points)
+    assert [p.start for p in table.points] == [None, None, "hf:gpt2"], "such tokens are not a law's"
     assert reasons(table) == {"b-2": "no full validation at the end of a decay; its curves are train/loss"}
 
 
@@ -257,6 +259,7 @@ def test_a_torn_event_file_gives_what_was_written(tmp_path: Path, cut: int) -> N
     ("plant", "flags", "said"),
     [
         (lambda top: None, [], "no such folder; name the one you give to tensorboard"),
+        (lambda top: top.touch(), [], "a file; name the folder that it lies in"),
         (lambda top: top.mkdir(), [], "no event files (*tfevents*) in it"),
         (lambda top: plant_events(top / "a", {}), [], "no run has a curve"),
         (

@@ -232,7 +232,7 @@ def _points_of(run: TrackedRun, tag: str | None, reading: Reading, told: dict[st
             if value is None:
                 raise _NoPoint(f"no {name} for {column} in its curves, configuration or name")
             point.put(column, value, name)
-        for column in SAME_NAME:
+        for column in (*SAME_NAME, *(("start",) if tag is None else ())):
             if column not in point.values and (value := run.facts.get(column)) not in (None, ""):
                 point.values[column] = _checked(column, value, column)
         _add_params(point, run, reading)

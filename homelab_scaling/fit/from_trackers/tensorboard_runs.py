@@ -28,6 +28,8 @@ def read_tensorboard(folder: Path) -> list[TrackedRun]:
     Raises:
         DataError: no such folder, or no event files in it.
     """
+    if folder.is_file():
+        raise DataError(f"--from-tensorboard {folder}: a file; name the folder that it lies in")
     if not folder.is_dir():
         raise DataError(f"--from-tensorboard {folder}: no such folder; name the one you give to tensorboard --logdir")
     homes = sorted({p.parent for p in folder.rglob(f"*{MARK}*") if p.is_file()})
