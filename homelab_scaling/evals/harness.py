@@ -17,7 +17,7 @@ from typing import Any
 from homelab_scaling.errors import SpecError
 from homelab_scaling.evals.results import Document, Kind, Outcome, Setting
 from homelab_scaling.evals.sitting import CUT
-from homelab_scaling.export.convert import Portable
+from homelab_scaling.export.convert import Portable, quiet_transformers
 
 FEWSHOT_SEED = 1234
 """As `lm_eval.simple_evaluate` has it."""
@@ -170,7 +170,7 @@ class HarnessTask:
         """Asks the requests of some documents together, and lets the task judge the answers."""
         asked = [self._requests[document.doc_id] for document in documents]
         lm = self._model(model)
-        with quiet():
+        with quiet(), quiet_transformers():  # of texts longer than the context, which are read in windows
             lengths = _answer(lm, [instance for one in asked for instance in one.instances])
         return [self._judge(document.doc_id, one, lengths) for document, one in zip(documents, asked, strict=True)]
 
