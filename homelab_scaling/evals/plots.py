@@ -14,6 +14,8 @@ FEWEST_MODELS = 2
 MOST_TASKS = 8
 HIGH, WIDE = 2.6, 9.6
 """Of a task's row [inches]."""
+LEGEND = 0.35
+"""Height of the legend above all rows [inches]."""
 AXES = (("loss_nats", "Held-out loss (nats per token), falling"), ("flops", "Training compute C (FLOPs)"))
 
 
@@ -38,7 +40,8 @@ def draw(plt: Any, models: Sequence[Evaluated], theme: Any) -> Any:
     tasks = drawn_tasks(models)
     known = [model for model in models if model.about.loss_nats is not None and model.about.flops is not None]
     colours = ordered_colours([model.about.n_params or 0 for model in known], theme)
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(WIDE, HIGH * len(tasks) + 0.5), squeeze=False, sharey="row")
+    high = HIGH * len(tasks) + LEGEND
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(WIDE, high), squeeze=False, sharey="row")
     for row, task in enumerate(tasks):
         asked = [model for model in known if task in model.scores]
         for column, (axis, label) in enumerate(AXES):
@@ -47,9 +50,9 @@ def draw(plt: Any, models: Sequence[Evaluated], theme: Any) -> Any:
                 axes[row][column].set_xlabel(label)
         axes[row][0].set_title(_title(asked[0].scores[task]))
         if asked[0].scores[task].kind == "share":
-            axes[row][0].yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+            axes[row][0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    figure.tight_layout(rect=(0, 0, 1, 1 - LEGEND / high))
     _legend(figure, colours, theme)
-    figure.tight_layout()
     return figure
 
 
@@ -111,7 +114,7 @@ def _legend(figure: Any, colours: dict[float, Any], theme: Any) -> None:
         if size
     ]
     if len(handles) > 1:
-        figure.legend(handles=handles, loc="outside upper right", ncols=min(6, len(handles)), fontsize=9)
+        figure.legend(handles=handles, loc="upper right", ncols=min(7, len(handles)), fontsize=9)
 
 
 def write_picture(folder: Path, models: Sequence[Evaluated]) -> Path | None:
