@@ -154,7 +154,7 @@ def said_by(command: list[str | Path], cwd: Path) -> str:
 def test_the_wheel_holds_library_tools_recipes_and_ladders(wheel: Path) -> None:
     wanted = set()
     for room, place in ROOMS.items():
-        for pattern in ("*.py", "*.toml", "*.yaml", "py.typed", "README.md", "LOG.md"):
+        for pattern in ("*.py", "*.toml", "*.yaml", "py.typed", "README.md", "LOG.md", "*.png", "*.svg"):
             wanted |= {f"{place}/{p.relative_to(ROOT / room).as_posix()}" for p in (ROOT / room).rglob(pattern)}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
