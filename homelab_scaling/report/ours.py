@@ -23,6 +23,8 @@ from homelab_scaling.report.words import (
 from homelab_scaling.runs import Row
 from homelab_scaling.watch.recording import Hottest, hottest
 
+LOOSE = "not pinned down"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
@@ -51,7 +53,7 @@ def _exponent_n(view: LabView, _figure: PublishedFigure) -> Ours:
         return Ours(how=fit.status.removeprefix("not fitted: "))
     e = fit.derived["exponent"]
     if e.value is None:
-        return Ours(how=f"not pinned down: {next(iter(fit.unpinned.values()), fit.status)}")
+        return Ours(text=LOOSE, how=next(iter(fit.unpinned.values()), fit.status))
     counted = COUNTS.get(view.fit.count if view.fit else "", "")
     how = f"power law through {fit.n_points} points at {fit.rows}, N of {counted or 'the fit'}; {fit.interval}"
     if fit.rows.endswith(" N"):
@@ -74,7 +76,7 @@ def _exponent_c(view: LabView, _figure: PublishedFigure) -> Ours:
         return Ours(how=_no_fit(view) if one is None else one.status.removeprefix("not fitted: "))
     e = fit.derived["exponent"]
     if e.value is None:
-        return Ours(how=f"not pinned down: {next(iter(fit.unpinned.values()), fit.status)}")
+        return Ours(text=LOOSE, how=next(iter(fit.unpinned.values()), fit.status))
     how = f"along the frontier of {fit.n_points} rows that no cheaper row beats; {fit.interval}"
     return Ours(value=e.value, ci95=e.ci95, text=brief(e.value) + in_brackets(e), how=how)
 

@@ -9,7 +9,7 @@ from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Paragraph
 from homelab_scaling.report.equal_steps import signed
 from homelab_scaling.report.follows import KAPLAN_N, not_said, what_follows
-from homelab_scaling.report.ours import OURS, Ours
+from homelab_scaling.report.ours import LOOSE, OURS, Ours
 from homelab_scaling.report.states import largest_memory
 from homelab_scaling.report.words import flops_text, gigabytes, machine_words, money, percent, plural
 
@@ -17,7 +17,7 @@ SAME_FRAC = 0.05
 """Totals closer than this are the same."""
 SAME_SIZE_FRAC = 0.1
 UNKNOWN = "unknown"
-MANY = 1e6
+MANY = 1e9
 """Ratios from here on are written as powers of ten."""
 
 
@@ -118,7 +118,9 @@ def _side_by_side(view: LabView, reference: Reference, other: dict[str, str]) ->
 def _why(figure: PublishedFigure, kind: Kind, ours: Ours, other: dict[str, str]) -> str:
     """The verdict on the two numbers, and which of the differences can have moved ours."""
     if ours.value is None:
-        return "ours is not known" if ours.text is None else "ours is not known as a whole"
+        return {None: "ours is not known", LOOSE: "our points do not say"}.get(
+            ours.text, "ours is not known as a whole"
+        )
     said = (f"{ours.nearest} comes nearest: " if ours.nearest else "") + _verdict(figure, kind, ours)
     if figure.of == "exponent_n":
         said += f"; {_kaplan(ours)}"

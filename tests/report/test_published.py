@@ -249,6 +249,18 @@ def collect_n(synthetic, rung: str) -> int:
     return count_params(spec.science.shape, spec.science.n_vocab).n_params
 
 
+def test_an_exponent_that_is_not_pinned_down_is_not_called_known(synthetic) -> None:
+    for rung in ("67k", "127k", "289k"):
+        synthetic.run(rung)
+    noise = iter((2.0, 2.4, 1.7, 2.3, 1.9, 2.2, 2.05, 2.5, 1.8))
+    change_rows(synthetic.lab, lambda row: replace(row, loss_nats=next(noise)))
+    fit_lab(synthetic.lab)
+    assert load_fit(synthetic.lab / "fit").get("power-n").derived["exponent"].value is None
+    said = line(seen(synthetic.lab), "exponent_n")
+    assert (said["ours"], said["why"]) == ("not pinned down", "our points do not say")
+    assert "95 % interval" in said["how"] or "bound" in said["how"]
+
+
 def test_the_loss_of_a_rung_is_that_of_its_longest_run(synthetic) -> None:
     synthetic.run("67k")
     synthetic.run("127k", status="diverged", reason="not finite")
