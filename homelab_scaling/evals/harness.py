@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from homelab_scaling.errors import SpecError
+from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.evals.results import Document, Kind, Outcome, Setting
 from homelab_scaling.evals.sitting import CUT
 from homelab_scaling.export.convert import Portable, quiet_transformers
@@ -297,6 +297,12 @@ def wrap(model: Portable, batch_seqs: int | None = None) -> Any:
         lengths: list[int] | None = None
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
+            if longest > self.max_length:
+                raise DataError(
+                    f"an answer of {longest} tokens is longer than the context of {self.max_length} that {model.name} "
+                    "has, so its probability cannot be told; leave this task out for this model"
+                )
             if self.lengths is not None:
                 self.lengths += [len(context) + len(continuation) - 1 for _, context, continuation in requests]
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)

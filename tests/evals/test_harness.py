@@ -165,6 +165,14 @@ def test_a_prompt_that_does_not_fit_is_said(tmp_path: Path, model: Any) -> None:
     assert any(outcome.also["cut"] == 0 for outcome in short.ask(model, short.documents()))
 
 
+def test_an_answer_longer_than_the_context_is_one_sentence(tmp_path: Path, model: Any) -> None:
+    long = {"context": "a", "choices": ["b " * 100, "c"], "answer": 0}
+    (loaded,) = Catalogue().load(str(write_jsonl(tmp_path / "c.jsonl", [long])))
+    task = HarnessTask(loaded, Options(), context_tokens=CONTEXT)
+    with pytest.raises(DataError, match=r"an answer of \d+ tokens is longer than the context of 64 that tiny has"):
+        task.ask(model, task.documents())
+
+
 def test_an_answer_leaves_half_of_the_context_to_the_prompt(tmp_path: Path, model: Any) -> None:
     (loaded,) = Catalogue().load(str(write_jsonl(tmp_path / "a.jsonl", rows("answer"))))
     task = HarnessTask(loaded, Options(max_new_tokens=10_000), context_tokens=CONTEXT)
