@@ -278,8 +278,8 @@ class TrainTable:
     checkpoint_every_steps: int | None = None
     """A checkpoint every this many steps as well."""
     start: str | None = None
-    """A Hugging Face GPT-2 whose weights rungs of its shape begin from instead of random ones: a folder (relative to the
-    ladder file; also one of `homelab export`) or a name on the hub. Its vocabulary must be that of the corpus."""
+    """A Hugging Face GPT-2 whose weights rungs of its shape begin from instead of random ones: a folder (relative to
+    the ladder file; also one of `homelab export`) or a name on the hub. Its vocabulary must be that of the corpus."""
 
     def __post_init__(self) -> None:
         for key in ("processes", "microbatch_seqs_per_rank", "log_every_steps", "checkpoint_every_steps"):

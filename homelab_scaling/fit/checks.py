@@ -177,8 +177,8 @@ def not_from_scratch(points: Sequence[LossPoint]) -> str | None:
     named = listed(begun) if len(begun) <= 3 else f"{begun[0]}, ..."
     return (
         f"{len(begun)} of {len(points)} rows ({named}) come from runs that began from another model's weights: the "
-        "tokens and FLOPs behind those are not in D and C, so this is no law of training from random weights; fit the others "
-        "alone, from a CSV without these"
+        "tokens and FLOPs behind those are not in D and C, so this is no law of training from random weights; fit the "
+        "others alone, from a CSV without these"
     )
 
 

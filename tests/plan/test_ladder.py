@@ -129,7 +129,7 @@ def test_ladders_are_found_by_name_and_path(tmp_path: Path, monkeypatch: pytest.
     own = tmp_path / "quickstart"
     own.write_text("name = 'mine'", encoding="utf-8")
     assert find_ladder("quickstart") == Path("quickstart"), "a file that is there comes first"
-    with pytest.raises(SpecError, match="one of batch_study_cpu, .*gpt2_350m_fsdp, gpt2_5m_120m"):
+    with pytest.raises(SpecError, match=r"one of batch_study_cpu, .*gpt2_350m_fsdp, gpt2_5m_120m"):
         find_ladder("elsewhere/quickstart")
 
 
