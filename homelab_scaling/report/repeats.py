@@ -151,33 +151,43 @@ class Repeats:
     # ------------------------------------------------------------------------------------------------------- effects
 
     @cached_property
-    def between_rungs(self) -> list[Effect]:
-        """Every neighbour in size at each horizon that both have: the smaller one's loss less the larger one's."""
-        if (spread := self.spread) is None:
-            return []
-        ladders: dict[tuple[str, int], list[Cell]] = {}
+    def rung_pairs(self) -> list[tuple[Cell, Cell]]:
+        """Neighbours in size, the smaller one first, at each horizon that they share.
+
+        At equal tokens where all rungs have some in common, else along the ladder: first horizons, second ones, ...
+        """
         tokens = [{cell.n_tokens for cell in self.cells if cell.rung == rung} for rung in self._rungs]
         shared = set.intersection(*tokens) if tokens else set()
-        for cell in self.cells:  # at equal tokens where there are any, else from rung to rung along the ladder
-            if shared and cell.n_tokens in shared:
-                ladders.setdefault(("tokens", cell.n_tokens), []).append(cell)
-            elif not shared:
-                ladders.setdefault(("rank", cell.rank), []).append(cell)
+        ladders: dict[int, list[Cell]] = {}
+        for cell in self.cells:
+            if not shared or cell.n_tokens in shared:
+                ladders.setdefault(cell.n_tokens if shared else cell.rank, []).append(cell)
+        pairs = [pair for cells in ladders.values() for pair in itertools.pairwise(cells)]
+        return [(small, large) for small, large in pairs if small.n_params < large.n_params]
+
+    @cached_property
+    def horizon_pairs(self) -> list[tuple[Cell, Cell]]:
+        """Neighbours in tokens of one rung, the shorter one first."""
+        pairs = itertools.pairwise(self.cells)
+        return [(a, b) for a, b in pairs if a.rung == b.rung and a.n_tokens < b.n_tokens]
+
+    @cached_property
+    def between_rungs(self) -> list[Effect]:
+        """What each size gains over the next smaller one."""
+        if (spread := self.spread) is None:
+            return []
         found = []
-        for cells in ladders.values():
-            for small, large in itertools.pairwise(cells):
-                if small.n_params < large.n_params:
-                    noise = spread.reach * spread.sd * math.sqrt(1 / len(small.rows) + 1 / len(large.rows))
-                    found.append(_effect("rungs", (small, large), small.mean - large.mean, noise, spread))
+        for small, large in self.rung_pairs:
+            noise = spread.reach * spread.sd * math.sqrt(1 / len(small.rows) + 1 / len(large.rows))
+            found.append(_effect("rungs", (small, large), small.mean - large.mean, noise, spread))
         return found
 
     @cached_property
     def between_horizons(self) -> list[Effect]:
-        """Every neighbour in tokens of one rung. Where one run has both rows, its own noise cancels in between."""
+        """What longer training gains. Where one run has both rows, its own noise cancels in between."""
         if (spread := self.spread) is None:
             return []
-        pairs = [(a, b) for a, b in itertools.pairwise(self.cells) if a.rung == b.rung and a.n_tokens < b.n_tokens]
-        steps = [(pair, _steps(*pair)) for pair in pairs]
+        steps = [(pair, _steps(*pair)) for pair in self.horizon_pairs]
         within = _pooled([(pair[0].family, gaps) for pair, gaps in steps if len(gaps) > 1])
         found = []
         for (short, long), gaps in steps:

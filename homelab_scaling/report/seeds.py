@@ -1,6 +1,5 @@
 """The section "What the seed alone does": the spread of repeats, and which claimed differences are smaller than it."""
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from homelab_scaling.fit.words import brief, listed, short
 from homelab_scaling.plan.seeds import seeds_words
 from homelab_scaling.report.collect import LabView
 from homelab_scaling.report.document import Block, Bullets, Grid, Heading, Paragraph
-from homelab_scaling.report.repeats import SAME_ORDER_P, Cell, Effect, Repeats, Spread
+from homelab_scaling.report.repeats import SAME_ORDER_P, Effect, Repeats, Spread
 from homelab_scaling.report.words import duration, in_brackets, ladder_file, main_fit, money, plural, sentence
 
 TITLE = "What the seed alone does"
@@ -53,24 +52,13 @@ def seeds(view: LabView) -> list[Block]:
 
 def _one_seed(view: LabView, repeats: Repeats) -> str:
     """What is not known, what it would likely be, and what it costs to know."""
-    gaps = [abs(a.mean - b.mean) for a, b in _neighbours(repeats.cells)]
+    gaps = [abs(a.mean - b.mean) for a, b in (*repeats.rung_pairs, *repeats.horizon_pairs)]
     beside = f"; the smallest difference between neighbours in this report is {min(gaps):.3f}" if gaps else ""
     return (
         "Every rung was trained with one seed, so nothing here says what the seed alone does: it moves small models by "
         f"about {SEED_SD_NATS:g} nats (standard deviation; 0.006 to 0.013 on small GPT-2s){beside}. To measure it "
         f"here: `homelab run {ladder_file(view.name)} --seeds {ADVISED_SEEDS}`{_price(view)}."
     )
-
-
-def _neighbours(cells: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
-    """In size at equal tokens, and in tokens at equal size."""
-    by_tokens: dict[int, list[Cell]] = {}
-    by_rung: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_tokens.setdefault(cell.n_tokens, []).append(cell)
-        by_rung.setdefault(cell.rung, []).append(cell)
-    groups = [*by_tokens.values(), *by_rung.values()]
-    return [pair for group in groups for pair in itertools.pairwise(group)]
 
 
 def _price(view: LabView) -> str:
