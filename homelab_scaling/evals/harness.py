@@ -17,7 +17,8 @@ from typing import Any
 from homelab_scaling.errors import DataError, SpecError
 from homelab_scaling.evals.results import Document, Kind, Outcome, Setting
 from homelab_scaling.evals.sitting import CUT
-from homelab_scaling.export.convert import Portable, quiet_transformers
+from homelab_scaling.export.convert import Portable
+from homelab_scaling.export.hf_tokenizer import quiet_transformers
 
 FEWSHOT_SEED = 1234
 """As `lm_eval.simple_evaluate` has it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from homelab_scaling import codec
 from homelab_scaling.evals.compare import Evaluated
-from homelab_scaling.evals.results import Score
+from homelab_scaling.evals.results import Part, Score
 from homelab_scaling.fit.words import short
 
 PICTURE = "scores.png"
@@ -62,12 +62,14 @@ def _panel(
     from homelab_scaling.report.style import log_axis
 
     places = [float(getattr(model.about, axis)) for model in models]
-    for size in sorted({model.about.n_params or 0 for model in models}):
-        mine = sorted((x, model.scores[task]) for x, model in zip(places, models, strict=True) if _is(model, size))
-        mine = [(x, score) for x, score in mine if score.whole.score is not None]
-        axes.plot([x for x, _ in mine], [score.whole.score for _, score in mine], color=colours[size], lw=1.1, zorder=3)
-        for x, score in mine:
-            _dot(axes, x, score, colours[size], theme)
+    for run in dict.fromkeys(model.about.source for model in models):  # the rows of a run hang together
+        rows = [(x, model) for x, model in zip(places, models, strict=True) if model.about.source == run]
+        rows = sorted(rows, key=lambda row: row[0])
+        line = [(x, whole.score) for x, model in rows if (whole := model.scores[task].whole).score is not None]
+        colour = colours[rows[0][1].about.n_params or 0]
+        axes.plot([x for x, _ in line], [score for _, score in line], color=colour, lw=1.1, zorder=3)
+        for x, model in rows:
+            _dot(axes, x, model.scores[task].whole, colour, theme)
     chance = models[0].scores[task].chance
     if chance is not None:
         axes.axhline(chance, color=theme.faint, lw=1.0, ls="--", zorder=2)
@@ -88,13 +90,9 @@ def _panel(
     log_axis(axes.xaxis, low, high, form="plain" if axis == "loss_nats" else "power")
 
 
-def _is(model: Evaluated, size: float) -> bool:
-    return (model.about.n_params or 0) == size
-
-
-def _dot(axes: Any, x: float, score: Score, colour: Any, theme: Any) -> None:
-    whole = score.whole
-    assert whole.score is not None
+def _dot(axes: Any, x: float, whole: Part, colour: Any, theme: Any) -> None:
+    if whole.score is None:
+        return
     if whole.low is not None and whole.high is not None:
         axes.plot([x, x], [whole.low, whole.high], color=colour, lw=1.1, zorder=4)
     axes.plot([x], [whole.score], "o", ms=6.5, color=colour, mec=theme.background, mew=1.0, zorder=5)

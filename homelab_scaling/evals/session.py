@@ -1,5 +1,6 @@
 """The whole of `homelab eval`: tasks found, models opened one by one and asked, differences, a picture."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,9 @@ from homelab_scaling.evals.results import Task
 from homelab_scaling.evals.sitting import Progress, Sitting
 from homelab_scaling.evals.sources import Target, about, priced
 from homelab_scaling.evals.store import Store, stores
+from homelab_scaling.evals.telling import LINE_EVERY_S
 from homelab_scaling.export.convert import Portable, open_model
+from homelab_scaling.fit.words import short
 from homelab_scaling.specs import Money
 
 Say = Callable[[str], None]
@@ -207,7 +210,13 @@ def _training_text(
     if why_not is not None:
         return None, why_not
 
-    def check(_done: int, _all: int) -> None:
+    told_s = time.monotonic()
+
+    def check(n_read: int, n_all: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s > LINE_EVERY_S:
+            told_s = time.monotonic()
+            say(f"looking for the documents in the training text: {short(n_read)} of {short(n_all)} tokens")
         if (why := stopped()) is not None:
             raise Stopped(f"{why} while the training text was read; the same command goes on from here")
 
