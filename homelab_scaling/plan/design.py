@@ -242,7 +242,8 @@ def advise(
     """The runs that shrink the target's interval most within a budget, beside more seeds of the runs there are.
 
     Raises:
-        SpecError: no rows, no price in the budget's unit, or a budget below the cheapest run.
+        SpecError: no rows, no price in the budget's unit, a budget below the cheapest run, or a target that the fitted
+            law's parameters do not move.
     """
     table = rows_of(report)
     tangent = tangent_of(table, law, report.objective)
@@ -251,6 +252,11 @@ def advise(
     found = offers(done, pricer, budget)
     choices = [(offer, tangent.of_run(offer.n_params, offer.horizons)) for offer in found]
     se_now = bench.se(tangent.so_far)
+    if se_now <= 0:
+        raise SpecError(
+            f"{target.words}: by this fit of {law.name} it stays where it is whatever further runs would tell, so none "
+            "can be recommended for it; fit more sizes and horizons first, or ask for another --target"
+        )
     point = float(target.scaled(law, tangent.posed.natural(tangent.theta)))
 
     def option(kind: str, picked: Sequence[tuple[Offer, Information]]) -> Option:
