@@ -1,7 +1,9 @@
 """The next run: what the Jacobian promises is what simulated experiments keep, at the price the plan would give."""
 
+import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -73,6 +75,14 @@ def test_the_promised_error_is_the_one_that_simulated_experiments_have():
     assert now == pytest.approx(spread_of(LADDER), rel=0.12)
     assert then == pytest.approx(spread_of(more), rel=0.12)
     assert then < 0.8 * now
+
+
+def test_a_target_that_no_parameter_moves_is_refused(monkeypatch):
+    """As D_opt is by a fit whose law has run into a bound: there is nothing that a run would narrow."""
+    still = dataclasses.replace(TARGET, of=lambda law, values: np.full(np.asarray(values).shape[:-1], 7.0))
+    monkeypatch.setattr(sys.modules[__name__], "parse_target", lambda text, law: still)
+    with pytest.raises(SpecError, match="stays where it is whatever further runs would tell"):
+        advice()
 
 
 def test_repeating_the_whole_design_narrows_by_the_square_root_of_two():
