@@ -12,7 +12,10 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 from homelab_scaling.evals.harness import HarnessTask, Loaded, Options, wrap
 from homelab_scaling.evals.known import HARNESS
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 N = 14
 FILES = {"blimp": "adjunct_island"}
