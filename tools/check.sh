@@ -40,8 +40,8 @@ stage format python -m ruff format --check .
 stage lint python -m ruff check .
 stage shell "$VENV/bin/shellcheck" -x tools/*.sh .ci/run
 stage types check_types
-stage "fast tests" python -m pytest -q -m "not slow" -n 2
+stage "fast tests" python -m pytest -q -m "not slow" -n 3 # more than cores: many of them wait for processes
 if [[ ${1:-} == fast ]]; then exit; fi
 say "== slow tests"
 # Most of their time is start-up of processes; files stay whole because some share a cluster or a driver.
-exec "$VENV/bin/python" -m pytest -q -m slow -n 2 --dist loadfile
+exec "$VENV/bin/python" -m pytest -q -m slow -n 3 --dist loadfile
