@@ -1,8 +1,8 @@
 """The README: its table of verbs is what --help says, its flags exist, and its commands run.
 
 A line of a ```bash block is run here, in a small world of finished labs, unless its comment begins with what it needs
-and a test lacks: `GPU:`, `hub:` (a network), `root:`, `terminal:` or `tracker:` (its database); those are only
-understood. What is no `homelab` command is named in ELSEWHERE with the test that runs it.
+and a test lacks: `GPU:`, `hub:` (a network), `root:`, `terminal:`, `tracker:` (its database) or `minutes:` (the
+miniatures have tests of their own); those are only understood. What is no `homelab` command is named in ELSEWHERE.
 """
 
 import functools
@@ -22,7 +22,7 @@ from homelab_scaling import cli, codec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "recipes/README.md")
-NEEDS = ("GPU", "hub", "root", "terminal", "tracker")
+NEEDS = ("GPU", "hub", "root", "terminal", "tracker", "minutes")
 
 ELSEWHERE = {
     "bash tools/quickstart.sh": ("tests/test_scripts.py", "quickstart.sh"),
