@@ -1,7 +1,5 @@
 """What a reader must know before believing a score, in sentences; only what changes its meaning is said."""
 
-from collections.abc import Sequence
-
 from homelab_scaling.evals.results import Score
 
 FEW_DOCUMENTS = 100
@@ -16,23 +14,6 @@ def cautions(score: Score) -> tuple[str, ...]:
     """The sentences for one score."""
     found = (_chance(score), _few(score), _overlap(score), _overlap_unknown(score), _exact_match(score))
     return tuple(sentence for sentence in found if sentence is not None)
-
-
-def cautions_between(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The sentences for scores of one task that stand side by side."""
-    found = []
-    tokenizers = {score.settings.get("tokenizer") for score in scores}
-    if len(tokenizers) > 1 and scores[0].kind == "mean" and not scores[0].higher_is_better:
-        found.append(
-            "these models have different tokenizers: a loss or perplexity per token does not compare between them, "
-            "bits per byte does (--tasks bpb)"
-        )
-    differing = _differing_settings(scores)
-    if differing:
-        found.append(
-            f"the question was not the same ({', '.join(differing)}), so part of a difference may come from that"
-        )
-    return tuple(found)
 
 
 def _chance(score: Score) -> str | None:
@@ -97,9 +78,3 @@ def _exact_match(score: Score) -> str | None:
     if not any(metric == name or metric.startswith(f"{name}_") or metric.startswith(f"{name},") for name in _EXACT):
         return None
     return "exact match undercounts: a right answer in other words or another form is wrong here"
-
-
-def _differing_settings(scores: Sequence[Score]) -> list[str]:
-    own = {"tokenizer", "context_tokens", "dtype"}
-    keys = {key for score in scores for key in score.settings} - own
-    return sorted(key for key in keys if len({score.settings.get(key) for score in scores}) > 1)

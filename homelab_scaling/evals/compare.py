@@ -153,7 +153,10 @@ def _notes(a: Score, b: Score) -> tuple[str, ...]:
     differ = [name for name in MODEL_SETTINGS if a.settings.get(name) != b.settings.get(name)]
     if a.kind == "bits per byte":  # which is made to compare across tokenizers
         differ = [name for name in differ if name != "tokenizer"]
-    return tuple(NOTED[name].format(a=a.settings.get(name), b=b.settings.get(name)) for name in differ)
+    notes = [NOTED[name].format(a=a.settings.get(name), b=b.settings.get(name)) for name in differ]
+    if "tokenizer" in differ and a.kind == "mean" and not a.higher_is_better:
+        notes.append("a loss per token does not compare between tokenizers, bits per byte does (--tasks bpb)")
+    return tuple(notes)
 
 
 def _said(value: Setting) -> str:

@@ -137,6 +137,9 @@ def test_what_belongs_to_the_models_is_noted_and_compared_all_the_same(tmp_path:
     a, b = evaluated(tmp_path, "a"), evaluated(tmp_path, "b", facts=facts)
     (delta,) = deltas(a, b)
     assert delta.delta == 0 and delta.notes == ("different tokenizers", "contexts of 64 and 32 tokens")
+    losses = [replace(s, kind="mean", higher_is_better=False) for s in (a.scores["noted"], b.scores["noted"])]
+    pair = [replace(one, scores={"noted": loss}) for one, loss in zip((a, b), losses, strict=True)]
+    assert "bits per byte does" in deltas(*pair)[0].notes[-1], "losses per token do not"
     bits = {"kind": "bits per byte"}
     (delta,) = deltas(evaluated(tmp_path, "c", **bits), evaluated(tmp_path, "d", facts=facts, **bits))
     assert delta.notes == ("contexts of 64 and 32 tokens",), "bits per byte compare across tokenizers"
