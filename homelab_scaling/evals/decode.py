@@ -46,10 +46,6 @@ class Decoder:
         shift = np.repeat(self._starts[ids] - ends + lengths, lengths)
         return self._flat[shift + np.arange(len(shift))].tobytes()
 
-    def to_text(self, ids: npt.NDArray[Any]) -> str:
-        """The text of the ids; what is not UTF-8 becomes the replacement character."""
-        return self.to_bytes(ids).decode("utf-8", errors="replace")
-
     def _slowly(self, ids: npt.NDArray[Any]) -> bytes:
         borders = np.flatnonzero(np.isin(ids, list(self._replace)))
         out, start = b"", 0
