@@ -31,8 +31,8 @@ def too_few(law: Law, table: Table, rows: Rows) -> str | None:
     n_points, n_params = len(rows), len(law.free)
     if n_points < n_params + 1:
         return (
-            f"{n_points} point{'s' * (n_points != 1)} for {n_params} parameters ({named}): nothing is left over to tell "
-            f"them apart; measure at least {n_params + 1} points, better {POINTS_PER_PARAMETER * n_params}"
+            f"{n_points} point{'s' * (n_points != 1)} for {n_params} parameters ({named}): nothing is left over to "
+            f"tell them apart; measure at least {n_params + 1} points, better {POINTS_PER_PARAMETER * n_params}"
         )
     places = len(set(zip(*(np.round(np.log(table.columns[axis][rows]), 2) for axis in law.axes), strict=True)))
     if places < n_params:
