@@ -260,8 +260,12 @@ def test_a_run_records_its_energy_and_money(tmp_path: Path, monkeypatch) -> None
     record = train_here(spec, folder, [burn])
     total_j = burn.joules - 5000.0
     assert record.rows[0].kwh_from == "counter"
-    # The last interval's joules are seen by nobody, as nothing is measured after the last row.
-    assert sum(r.kwh_marginal for r in record.rows) * 3.6e6 == pytest.approx(total_j, abs=200.1)
+    # The last interval's joules are seen by nobody, as nothing is measured after the last row. Time in which a busy
+    # machine let no sensor be heard is filled in at the mean power of the rest.
+    filled = max(row.kwh_unmetered_frac for row in record.rows)
+    assert filled < 0.3
+    billed_j = sum(r.kwh_marginal for r in record.rows) * 3.6e6
+    assert total_j - 200.1 <= billed_j <= total_j / (1 - filled) + 0.1
     for row in record.rows:
         assert row.usd == pytest.approx(row.usd_energy + row.usd_machine)
         assert row.kwh_wall > row.kwh and row.kwh_wall_err_frac >= 0.15
