@@ -20,6 +20,8 @@ import pytest
 
 from homelab_scaling import cli, codec
 
+pytestmark = pytest.mark.xdist_group("readme")
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "recipes/README.md")
 NEEDS = ("GPU", "hub", "root", "terminal", "tracker", "minutes")
@@ -166,7 +168,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert source is not None
             (here / name / f"{module}.txt").write_text(Path(source).read_text(encoding="utf-8"), encoding="utf-8")
     (here / "mini.toml").write_text(LADDER)
-    done = _run(here, "homelab", "run", "mini.toml")
+    done = _run(here, "homelab", "run", "mini.toml", "--slots", "2")
     assert done.returncode == 0, done.stderr
     _plant_a_law(here / "lab" / "quickstart")
     for name in ("baseline", "new_recipe"):
