@@ -16,8 +16,6 @@ import pytest
 from homelab_scaling import __version__, cli
 from homelab_scaling.doctor import read_pins
 
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"homelab_scaling": "homelab_scaling", "tools": "homelab_scaling/tools", "recipes": "homelab_scaling/recipes"}
 

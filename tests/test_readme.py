@@ -20,8 +20,6 @@ import pytest
 
 from homelab_scaling import cli, codec
 
-pytestmark = pytest.mark.xdist_group("readme")
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "recipes/README.md")
 NEEDS = ("GPU", "hub", "root", "terminal", "tracker", "minutes")
@@ -171,6 +169,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = _run(here, "homelab", "run", "mini.toml", "--slots", "2")
     assert done.returncode == 0, done.stderr
     _plant_a_law(here / "lab" / "quickstart")
+    done = _run(here, "homelab", "fit", "lab/quickstart")
+    assert done.returncode == 0, done.stderr
     for name in ("baseline", "new_recipe"):
         copytree(here / "lab" / "quickstart", here / "lab" / name)
     rng = np.random.default_rng(0)

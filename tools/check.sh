@@ -43,5 +43,5 @@ stage types check_types
 stage "fast tests" python -m pytest -q -m "not slow" -n 3 # more than cores: many of them wait for processes
 if [[ ${1:-} == fast ]]; then exit; fi
 say "== slow tests"
-# Most of their time is start-up of processes. Tests that share a cluster, a wheel or a lab stay together (xdist_group).
-exec "$VENV/bin/python" -m pytest -q -m slow -n 3 --dist loadgroup
+# Most of their time is start-up of processes; files stay whole because some share a cluster, a wheel or a lab.
+exec "$VENV/bin/python" -m pytest -q -m slow -n 3 --dist loadfile

@@ -29,7 +29,7 @@ from homelab_scaling.train import checkpoint as ckpt
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CONFIGS = ("fsdp1_full", "fsdp1_grad_op", "fsdp2_full", "fsdp2_grad_op")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]
+pytestmark = pytest.mark.slow
 
 
 def command_of(config: str, folder: RunFolder, *flags: str) -> list[str]:

@@ -21,8 +21,6 @@ from homelab_scaling.runs import RunFolder, run_folders
 from homelab_scaling.sweep.launch import ranks_of
 from homelab_scaling.watch import processes
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 LADDER = """\
 name = "tiny"
 context_tokens = 16
