@@ -72,7 +72,7 @@ def published(view: LabView) -> list[Block]:
     ]
     if other:
         blocks += [
-            Paragraph(text="What differs between the two experiments, by the words of the table:"),
+            Paragraph(text="What differs between the two experiments, or was not said, by the words of the table:"),
             Bullets(items=tuple(f"{name}: {said}" for name, said in other.items())),
         ]
     follows = what_follows(reference, largest_memory(view))
@@ -126,7 +126,7 @@ def _why(figure: PublishedFigure, kind: Kind, ours: Ours, other: dict[str, str])
         said += f"; {_kaplan(ours)}"
     causes = [name for name in kind.moved_by if name in other]
     if causes:
-        said += f"; different: {listed(causes)}"
+        said += f"; different, or not said: {listed(causes)}"
     elif not other:
         said += "; nothing that was published differs"
     return said

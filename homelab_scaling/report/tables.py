@@ -96,12 +96,13 @@ def _recipe_lines(view: LabView) -> list[str]:
 
     seeds = list(dict.fromkeys(s.seed for s in sciences))
     begun = [run for run in view.runs if run.spec is not None and run.spec.science.start is not None]
-    decays = all_of(f"{100 * s.schedule.decay_frac:g} %" for s in sciences)
+    decays = all_of(f"{100 * s.schedule.decay_frac:g} %" for s in sciences if s.schedule.name == "wsd")
+    with_decay = f" with {decays} decay" if decays else ""  # a cosine falls all the way
     return [
         f"Recipe: context {all_of(s.shape.context_tokens for s in sciences)} tokens, "
         f"{all_of(s.optim.name for s in sciences)}, {all_of(s.precision for s in sciences)}, schedule "
-        f"{all_of(s.schedule.name for s in sciences)} with {decays} "
-        f"decay, seed{plural(len(seeds))} {listed([str(s) for s in seeds])}. Only decayed losses are rows.",
+        f"{all_of(s.schedule.name for s in sciences)}{with_decay}, "
+        f"seed{plural(len(seeds))} {listed([str(s) for s in seeds])}. Only decayed losses are rows.",
         *([_begun_line(begun)] if begun else []),
     ]
 
